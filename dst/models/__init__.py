@@ -1,0 +1,85 @@
+"""The networks: ``build("wrn-16-8", ...)``.
+
+A model is one builder in one file and one line in ``MODELS``. The builder parses what stands behind
+its name (``16-8``), so that this file knows no network.
+"""
+
+import difflib
+from typing import NamedTuple, Protocol
+
+from torch import nn
+
+from dst.models.alexnet import alexnet, alexnet_small
+from dst.models.mlp import mlp
+from dst.models.wide_resnet import wide_resnet
+from growth.errors import InputError
+
+
+class Builder(Protocol):
+    """Makes the network for images of (in_channels, image_size, image_size); ``suffix`` may be empty."""
+
+    def __call__(
+        self, suffix: str, *, in_channels: int, image_size: int, classes: int, dropout: float
+    ) -> nn.Module: ...
+
+
+class Model(NamedTuple):
+    """How users write the model's name, and what builds it. A form equal to the key has no suffix."""
+
+    form: str
+    builder: Builder
+
+
+MODELS: dict[str, Model] = {
+    "wrn": Model("wrn-DEPTH-WIDTH", wide_resnet),
+    "alexnet": Model("alexnet", alexnet),
+    "alexnet-small": Model("alexnet-small", alexnet_small),
+    "mlp": Model("mlp-W1-W2-...", mlp),
+}
+
+
+def describe() -> str:
+    """The known forms in one line, for ``--help`` and for errors."""
+    return ", ".join(model.form for model in MODELS.values())
+
+
+def build(
+    name: str, *, in_channels: int, image_size: int, classes: int, dropout: float = 0.0
+) -> nn.Module:
+    """The freshly initialised network ``name``, from (batch, in_channels, image_size, image_size)
+    to logits (batch, classes).
+
+    ``dropout`` is the probability of dropping an activation, in [0, 1); each model's file says
+    where it stands. Initial weights come from PyTorch's global random state.
+
+    Raises InputError for an unknown or malformed name and for numbers out of range.
+    """
+    for what, value in (("in_channels", in_channels), ("image_size", image_size),
+                        ("classes", classes)):  # fmt: skip
+        if value < 1:
+            raise InputError(f"{what} {value} is impossible: give a whole number of at least 1")
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout {dropout} is not a probability in [0, 1): give for example 0.3")
+    key = _key(name)
+    return MODELS[key].builder(
+        name[len(key) + 1 :],
+        in_channels=in_channels,
+        image_size=image_size,
+        classes=classes,
+        dropout=dropout,
+    )
+
+
+def _key(name: str) -> str:
+    """The key of MODELS that ``name`` begins with."""
+    for key, model in MODELS.items():
+        if name == key or (model.form != key and name.startswith(f"{key}-")):
+            return key
+    # "wnr-16-8" is near to "wrn" by its head only, "alexnet-smal" to "alexnet-small" as a whole.
+    near = [
+        match
+        for wanted in (name.lower(), name.lower().partition("-")[0])
+        for match in difflib.get_close_matches(wanted, MODELS, n=1)
+    ]
+    hint = f"did you mean {MODELS[near[0]].form}? Known are" if near else "give one of"
+    raise InputError(f"unknown model {name!r}: {hint} {describe()}")

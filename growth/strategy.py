@@ -1,0 +1,44 @@
+"""The interface of every growth strategy."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from growth.connections import Block, Connections
+from growth.pairs import Pairs
+
+METRICS = ("abs-ip", "ip", "l2")
+
+
+class Strategy(Protocol):
+    """A configured search for new connections.
+
+    needs_pairs: False for a strategy that looks at no vectors, only at their sizes; nothing is
+    then recorded for it.
+    """
+
+    needs_pairs: bool
+
+    def __call__(
+        self,
+        pairs: Pairs | tuple[Tensor, Tensor],
+        count: int,
+        active: Tensor,
+        *,
+        block: Block = (1, 1),
+        generator: torch.Generator | None = None,
+        state: Any = None,
+    ) -> Connections:
+        """Exactly ``count`` inactive connections.
+
+        pairs: the vectors of one layer, or two tensors x: (batch, n_in), dz: (batch, n_out).
+        active: sorted int64 keys row * n_cols + col of the connections not to grow, in blocks.
+        generator: where random choices are drawn from (CPU). state: what a strategy of its own
+        kept from the last call for this layer.
+
+        Raises InputError on a query that cannot be answered (see ``check_query``).
+        """
+        ...

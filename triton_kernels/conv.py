@@ -1,0 +1,171 @@
+"""The sparse convolution as a custom op with its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from triton_kernels.layout import Layout, gather, scatter
+from triton_kernels.linear import cast_for_autocast
+
+
+def sparse_conv2d(
+    x: Tensor,
+    values: Tensor,
+    layout: Layout,
+    kernel_size: tuple[int, int],
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+) -> Tensor:
+    """2-D convolution with a weight given by its alive blocks, columns in (kh, kw, C) order.
+
+    x: (batch, C, H, W) or (C, H, W); values: (capacity, bh, bw); bias: (n_out,) or None. The
+    weight is scattered for the product, and again in backward. Under autocast the operands are
+    cast to its dtype.
+    """
+    if x.dim() not in (3, 4) or x.shape[-3] != layout.channels:
+        raise ValueError(
+            f"x {tuple(x.shape)} must be (batch, {layout.channels}, H, W) or without the batch"
+        )
+    x, values, bias = cast_for_autocast(x, values, bias)
+    batched = x if x.dim() == 4 else x[None]
+    y = _conv(batched, values, *layout[:3], layout.n_out, kernel_size, stride, padding, dilation)
+    if bias is not None:
+        y = y + bias.view(-1, 1, 1)
+    return y if x.dim() == 4 else y[0]
+
+
+def _dense_weight(
+    x: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    cols: Tensor,
+    slots: Tensor,
+    n_out: int,
+    kernel: Sequence[int],
+) -> Tensor:
+    """(n_out, C, kh, kw), in PyTorch's own memory order."""
+    dense = scatter(values, row_offsets, cols, slots, n_out, kernel[0] * kernel[1], x.shape[1])
+    # Left in the (kh, kw, C) order that it was scattered in, the weight would look channels-last
+    # and drag the whole network into that format.
+    return dense.view(n_out, kernel[0], kernel[1], x.shape[1]).permute(0, 3, 1, 2).contiguous()
+
+
+@torch.library.custom_op("sparsegrow::conv2d", mutates_args=())
+def _conv(
+    x: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    cols: Tensor,
+    slots: Tensor,
+    n_out: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    weight = _dense_weight(x, values, row_offsets, cols, slots, n_out, kernel)
+    return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation)
+
+
+@_conv.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    cols: Tensor,
+    slots: Tensor,
+    n_out: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    weight = x.new_empty(n_out, x.shape[1], *kernel)
+    return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation)
+
+
+@torch.library.custom_op("sparsegrow::conv2d_backward", mutates_args=())
+def _conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    cols: Tensor,
+    slots: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    need_x: bool,
+    need_values: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dx, dvalues); one that is not needed is empty."""
+    weight = _dense_weight(x, values, row_offsets, cols, slots, dy.shape[1], kernel)
+    dx, dense, _ = torch.ops.aten.convolution_backward(
+        dy,
+        x,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        1,
+        [need_x, need_values, False],
+    )
+    if not need_x:
+        dx = x.new_empty(0)
+    if not need_values:
+        return dx, values.new_empty(0)
+    dense = dense.permute(0, 2, 3, 1).reshape(dy.shape[1], -1, x.shape[1])
+    capacity, bh, bw = values.shape
+    return dx, gather(dense, row_offsets, cols, slots, capacity, (bh, bw))
+
+
+@_conv_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    cols: Tensor,
+    slots: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    need_x: bool,
+    need_values: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        values.new_empty(values.shape if need_values else (0,)),
+    )
+
+
+def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    *tensors, _, kernel, stride, padding, dilation = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.geometry = (kernel, stride, padding, dilation)  # type: ignore[attr-defined]
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    need_x, need_values = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+    dx, dvalues = _conv_backward(
+        dy,
+        *ctx.saved_tensors,  # type: ignore[attr-defined]
+        *ctx.geometry,  # type: ignore[attr-defined]
+        need_x,
+        need_values,
+    )
+    return (dx if need_x else None, dvalues if need_values else None, *[None] * 8)
+
+
+_conv.register_autograd(_backward, setup_context=_setup)

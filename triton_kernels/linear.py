@@ -1,0 +1,154 @@
+"""The sparse linear product as a custom op with its gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from triton_kernels import blocks, csr
+from triton_kernels.layout import Layout, gather, scatter
+
+
+def sparse_linear(
+    x: Tensor, values: Tensor, layout: Layout, bias: Tensor | None = None, *, compute: str = "dense"
+) -> Tensor:
+    """x W^T + bias with W given by its alive blocks.
+
+    x: (..., n_in); values: (capacity, bh, bw); bias: (n_out,) or None. Returns (..., n_out).
+    compute: ``sparse`` never forms W; ``dense`` scatters it for the product, and again in backward.
+    Under autocast both operands are cast to its dtype.
+    """
+    if x.shape[-1] != layout.n_in:
+        raise ValueError(f"x has {x.shape[-1]} features, but the weight has {layout.n_in} inputs")
+    x, values, bias = cast_for_autocast(x, values, bias)
+    y = _linear(x.reshape(-1, layout.n_in), values, *layout[:6], layout.n_out, compute == "sparse")
+    if bias is not None:
+        y = y + bias
+    return y.view(*x.shape[:-1], layout.n_out)
+
+
+def cast_for_autocast(
+    x: Tensor, values: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What ``F.linear`` does under autocast; outside of it, the tensors as they are."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x, values, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+
+
+@torch.library.custom_op("sparsegrow::linear", mutates_args=())
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    cols: Tensor,
+    slots: Tensor,
+    col_offsets: Tensor,
+    rows_t: Tensor,
+    slots_t: Tensor,
+    n_out: int,
+    sparse: bool,
+) -> Tensor:
+    if not sparse:
+        weight = scatter(values, row_offsets, cols, slots, n_out, 1, x.shape[1])
+        return x @ weight.view(n_out, -1).T
+    if values.shape[1:] == (1, 1):
+        return csr.product(x, values, row_offsets, cols, slots, n_out)
+    return blocks.forward(x, values, row_offsets, cols, slots, n_out).contiguous()
+
+
+@_linear.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    cols: Tensor,
+    slots: Tensor,
+    col_offsets: Tensor,
+    rows_t: Tensor,
+    slots_t: Tensor,
+    n_out: int,
+    sparse: bool,
+) -> Tensor:
+    return x.new_empty(x.shape[0], n_out)
+
+
+@torch.library.custom_op("sparsegrow::linear_backward", mutates_args=())
+def _linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    cols: Tensor,
+    slots: Tensor,
+    col_offsets: Tensor,
+    rows_t: Tensor,
+    slots_t: Tensor,
+    sparse: bool,
+    need_x: bool,
+    need_values: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dx, dvalues); one that is not needed is empty."""
+    dx, dvalues = x.new_empty(0), values.new_empty(0)
+    capacity, bh, bw = values.shape
+    if not sparse:
+        if need_x:
+            weight = scatter(values, row_offsets, cols, slots, dy.shape[1], 1, x.shape[1])
+            dx = dy @ weight.view(dy.shape[1], -1)
+        if need_values:
+            dense = (dy.T @ x).view(dy.shape[1], 1, x.shape[1])
+            dvalues = gather(dense, row_offsets, cols, slots, capacity, (bh, bw))
+    elif bh == bw == 1:
+        if need_x:
+            dx = csr.product(dy, values, col_offsets, rows_t, slots_t, x.shape[1])
+        if need_values:
+            dvalues = csr.weight_gradient(x, dy, row_offsets, cols, slots, capacity)
+    else:
+        if need_x:
+            dx = blocks.input_gradient(dy, values, col_offsets, rows_t, slots_t, x.shape[1])
+        if need_values:
+            dvalues = blocks.weight_gradient(x, dy, row_offsets, cols, slots, capacity, (bh, bw))
+    return dx.contiguous(), dvalues
+
+
+@_linear_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    cols: Tensor,
+    slots: Tensor,
+    col_offsets: Tensor,
+    rows_t: Tensor,
+    slots_t: Tensor,
+    sparse: bool,
+    need_x: bool,
+    need_values: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        values.new_empty(values.shape if need_values else (0,)),
+    )
+
+
+def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    *tensors, _, ctx.sparse = inputs  # type: ignore[attr-defined]
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    need_x, need_values = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+    dx, dvalues = _linear_backward(
+        dy.contiguous(),
+        *ctx.saved_tensors,  # type: ignore[attr-defined]
+        ctx.sparse,  # type: ignore[attr-defined]
+        need_x,
+        need_values,
+    )
+    return (dx if need_x else None, dvalues if need_values else None, *[None] * 8)
+
+
+_linear.register_autograd(_backward, setup_context=_setup)
