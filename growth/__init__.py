@@ -8,7 +8,7 @@ from growth.connections import Connections, Grid
 from growth.errors import InputError, MissingLibraryError
 from growth.exact import Exact
 from growth.faiss_search import Faiss
-from growth.pairs import ConvPairs, JoinedPairs, LinearPairs, Pairs
+from growth.pairs import ConvPairs, JoinedPairs, LinearPairs, NoVectors, Pairs
 from growth.recorder import Recorder, record
 from growth.strategy import METRICS, Strategy
 from growth.uniform import Random
@@ -32,6 +32,7 @@ __all__ = [
     "JoinedPairs",
     "LinearPairs",
     "MissingLibraryError",
+    "NoVectors",
     "Pairs",
     "Random",
     "Recorder",

@@ -87,43 +87,58 @@ class Exact:
 
 
 class _RunningTop:
-    """The best ``count`` of a stream of scores that comes in ascending key order."""
+    """The best ``count`` of a stream of scores that comes in ascending key order.
+
+    Candidates wait in one buffer: allocated one by one between two tiles, they would outlive the
+    tiles and leave holes of nearly a tile's size in the heap, gigabytes at 65536 x 65536.
+    """
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.count = count
         self.threshold: Tensor | None = None
+        # Partitioning at three times the count keeps its cost per candidate constant.
+        self.room = 3 * count + (64 << 10)
         self.keys = torch.empty(0, dtype=torch.int64, device=device)
         self.scores = torch.empty(0, device=device)
-        self.pending: list[tuple[Tensor, Tensor]] = []
         self.held = 0
 
     def offer(self, scores: Tensor, first_key: int) -> None:
         """scores: 1-D, of the keys from ``first_key`` on; -inf marks what may not be chosen."""
         if self.count == 0:
             return
+        if self.keys.numel() == 0:
+            self.keys, self.scores = self.keys.new_empty(self.room), scores.new_empty(self.room)
         if self.threshold is None:
             at = select_largest(scores, min(self.count, scores.numel()))
             at = at[scores[at] > -torch.inf]
         else:
             # A tie with the threshold has a higher key than those already kept, and loses.
             at = (scores > self.threshold).nonzero().squeeze(1)
-        self.pending.append((at + first_key, scores[at]))
-        self.held += at.numel()
-        # Partitioning at twice the count keeps its cost per candidate constant.
-        if self.threshold is None or self.held > 2 * self.count + (64 << 10):
+            if at.numel() > self.count:
+                at = at[select_largest(scores[at], self.count)]
+        if self.held + at.numel() > self.room:
+            self._compact()
+        new = slice(self.held, self.held + at.numel())
+        self.keys[new] = at + first_key
+        self.scores[new] = scores[at]
+        self.held = new.stop
+        if self.threshold is None and self.held >= self.count:
             self._compact()
 
     def _compact(self) -> None:
-        parts = [(self.keys, self.scores), *self.pending] if self.keys.numel() else self.pending
-        self.keys = torch.cat([keys for keys, _ in parts])
-        self.scores = torch.cat([scores for _, scores in parts])
-        if self.keys.numel() >= self.count:
-            at = select_largest(self.scores, self.count)
-            self.threshold = kth_largest(self.scores, self.count)
-            self.keys, self.scores = self.keys[at], self.scores[at]
-        self.pending, self.held = [], self.keys.numel()
+        keys, scores = self.keys[: self.held], self.scores[: self.held]
+        if self.held >= self.count:
+            at = select_largest(scores, self.count)
+            self.threshold = kth_largest(scores, self.count).clone()
+            keys[: at.numel()], scores[: at.numel()] = keys[at], scores[at]
+            self.held = at.numel()
 
     def result(self) -> tuple[Tensor, Tensor]:
-        if self.pending:
+        if self.count:
             self._compact()
-        return self.keys, self.scores
+        if self.held < self.count:
+            raise InputError(
+                f"only {self.held} of {self.count} connections have a finite score: the recorded "
+                "vectors are too large, lower the learning rate or the loss scale"
+            )
+        return self.keys[: self.count].clone(), self.scores[: self.count].clone()

@@ -81,6 +81,11 @@ class Faiss:
             if keys.numel() >= count or k == pairs.n_in:
                 break
             k = min(pairs.n_in, 2 * k)
+        if keys.numel() < count:
+            raise InputError(
+                f"only {keys.numel()} of {count} connections have a finite score: the recorded "
+                "vectors are too large, lower the learning rate or the loss scale"
+            )
         chosen = select_largest(scores, count)
         keys, scores = keys[chosen].to(pairs.device), scores[chosen].to(pairs.device)
         return Connections(keys // grid.n_cols, keys % grid.n_cols, scores, flops)
@@ -97,8 +102,10 @@ class Faiss:
             scores = np.abs(scores)
         elif self.metric == "l2":
             scores = -scores
-        keys, first = np.unique(rows * n_in + cols.ravel(), return_index=True)
-        return torch.from_numpy(keys), torch.from_numpy(scores.ravel()[first])
+        # faiss answers -1 where an overflown product leaves it without a neighbour.
+        found = cols.ravel() >= 0
+        keys, first = np.unique((rows * n_in + cols.ravel())[found], return_index=True)
+        return torch.from_numpy(keys), torch.from_numpy(scores.ravel()[found][first])
 
 
 def _import_faiss() -> Any:

@@ -62,11 +62,25 @@ class Pairs(ABC):
         return of_x, of_dz
 
 
-def _compute_dtype(x: Tensor, dz: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (x.dtype, dz.dtype) else torch.float32
+class _Recording(Pairs):
+    """One recorded pair of tensors; ``scale`` multiplies dz when it is read."""
+
+    x: Tensor
+    dz: Tensor
+    scale: float
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def is_finite(self) -> bool:
+        return bool(self.x.isfinite().all() & self.dz.isfinite().all())
+
+    def _dtype(self) -> torch.dtype:
+        return torch.float64 if torch.float64 in (self.x.dtype, self.dz.dtype) else torch.float32
 
 
-class LinearPairs(Pairs):
+class LinearPairs(_Recording):
     """One recording of a linear layer.
 
     x: (..., n_in); dz: (..., n_out), the same leading shape. scale: what dz is multiplied with when
@@ -81,25 +95,19 @@ class LinearPairs(Pairs):
             )
         if not (x.is_floating_point() and dz.is_floating_point()):
             raise InputError(f"x and dz must be floating point, not {x.dtype} and {dz.dtype}")
-        self.x, self.dz, self.scale = x.flatten(0, -2), dz.flatten(0, -2), scale
+        self.x, self.dz = x.detach().flatten(0, -2), dz.detach().flatten(0, -2)
+        self.scale = scale
         self.n_in, self.n_out, self.samples = x.shape[-1], dz.shape[-1], self.x.shape[0]
         if 0 in (self.n_in, self.n_out, self.samples):
             raise InputError(f"x {tuple(x.shape)} and dz {tuple(dz.shape)} must not be empty")
 
-    @property
-    def device(self) -> torch.device:
-        return self.x.device
-
-    def is_finite(self) -> bool:
-        return bool(self.x.isfinite().all() & self.dz.isfinite().all())
-
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        dtype = _compute_dtype(self.x, self.dz)
+        dtype = self._dtype()
         dz = self.dz.to(dtype)
         yield self.x.to(dtype), dz if self.scale == 1.0 else dz * self.scale
 
 
-class ConvPairs(Pairs):
+class ConvPairs(_Recording):
     """One recording of a convolution.
 
     x: (batch, C, H, W), already padded where the padding is not the same on both sides;
@@ -132,23 +140,16 @@ class ConvPairs(Pairs):
                 f"dz has {tuple(dz.shape[2:])} positions, but kernel {kernel_size}, stride "
                 f"{stride}, padding {padding} and dilation {dilation} make {expected}"
             )
-        self.x, self.dz, self.scale = x, dz, scale
+        self.x, self.dz, self.scale = x.detach(), dz.detach(), scale
         self.kernel_size, self.stride = kernel_size, stride
         self.padding, self.dilation = padding, dilation
         self.taps = kernel_size[0] * kernel_size[1]
         self.n_in, self.n_out = x.shape[1] * self.taps, dz.shape[1]
         self.samples = dz.shape[0] * dz.shape[2] * dz.shape[3]
 
-    @property
-    def device(self) -> torch.device:
-        return self.x.device
-
-    def is_finite(self) -> bool:
-        return bool(self.x.isfinite().all() & self.dz.isfinite().all())
-
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Unfolds as many examples at a time as fit in ``CHUNK_FLOATS``, at least one."""
-        dtype = _compute_dtype(self.x, self.dz)
+        dtype = self._dtype()
         positions = self.dz.shape[2] * self.dz.shape[3]
         step = max(1, CHUNK_FLOATS // (positions * self.n_in))
         for start in range(0, self.x.shape[0], step):
@@ -162,7 +163,7 @@ class ConvPairs(Pairs):
 
     def products(self, start: int, stop: int) -> Tensor:
         """Through the convolution library's weight gradient, which never unfolds."""
-        dtype = _compute_dtype(self.x, self.dz)
+        dtype = self._dtype()
         size = (stop - start, self.x.shape[1], *self.kernel_size)
         tile = torch.nn.grad.conv2d_weight(
             self.x.to(dtype),
@@ -206,6 +207,26 @@ class JoinedPairs(Pairs):
         for part in self.parts[1:]:
             total = total + part.products(start, stop)
         return total
+
+
+class NoVectors(Pairs):
+    """The sizes of a layer alone, for a strategy that looks at no vectors."""
+
+    samples = 0
+
+    def __init__(self, n_in: int, n_out: int, taps: int, device: torch.device) -> None:
+        self.n_in, self.n_out, self.taps = n_in, n_out, taps
+        self._device = device
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def is_finite(self) -> bool:
+        return True
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        raise InputError("this strategy needs recorded vectors, and got only the layer's sizes")
 
 
 def as_pairs(pairs: Pairs | tuple[Tensor, Tensor]) -> Pairs:

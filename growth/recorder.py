@@ -18,7 +18,8 @@ class Recorder:
     """Captures activations and output gradients of linear layers and convolutions.
 
     Works on ``nn.Linear``, ``nn.Conv2d`` and any module with ``records_as`` set to ``"linear"`` or
-    ``"conv2d"`` and the attributes of these. While it is stopped it has no hook in the model, and
+    ``"conv2d"``; the latter has ``kernel_size``, ``stride``, ``padding``, ``dilation`` (pairs) and
+    ``pad(x)`` for what ``padding`` cannot express. While it is stopped it has no hook in the model, and
     costs nothing. Each call of a layer that takes part in a backward pass is one recording; all
     recordings since the last ``clear`` are joined, as if they had been one batch.
 
@@ -64,7 +65,8 @@ class Recorder:
         """Begin to record; what was recorded before is kept."""
         if not self._hooks:
             for name, module in self._modules.items():
-                self._hooks.append(module.register_forward_hook(self._forward_hook(name)))
+                hook = self._forward_hook(name)
+                self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def stop(self) -> None:
         """Take the hooks out of the model."""
@@ -84,11 +86,13 @@ class Recorder:
             if parts
         }
 
-    def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def capture(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _forward_hook(self, name: str) -> Callable[..., None]:
+        def capture(
+            module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+        ) -> None:
             if not output.requires_grad or not torch.is_grad_enabled():
                 return
-            x = inputs[0].detach()
+            x = (inputs[0] if inputs else next(iter(named.values()))).detach()
             # The closure lives in the graph: a forward without a backward leaves nothing behind.
             output.register_hook(lambda dz: self._add(name, module, x, dz.detach()))
 
@@ -129,7 +133,9 @@ def _pairs(module: Any, x: Tensor, dz: Tensor, scale: float) -> Pairs:
     if x.dim() == 3:
         x, dz = x[None], dz[None]
     padding = module.padding
-    if isinstance(padding, str) or module.padding_mode != "zeros":
+    if not isinstance(module, nn.Conv2d):
+        x = module.pad(x)
+    elif isinstance(padding, str) or module.padding_mode != "zeros":
         # nn.Conv2d keeps the padding of all four sides, for "same" with an even kernel.
         sides = module._reversed_padding_repeated_twice
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode

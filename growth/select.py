@@ -11,6 +11,8 @@ def kth_largest(scores: Tensor, count: int) -> Tensor:
     """The ``count``-th largest of a 1-D tensor, as a scalar tensor. NumPy's partition on the CPU:
     ``torch.topk`` there needs about 20 bytes an entry and several times as long."""
     if scores.device.type == "cpu":
+        if scores.dtype == torch.bfloat16:
+            scores = scores.float()  # NumPy has no bfloat16
         where = scores.numel() - count
         return torch.from_numpy(np.partition(scores.detach().numpy(), where)[where : where + 1])[0]
     return torch.topk(scores, count, sorted=False).values.min()

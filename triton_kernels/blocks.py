@@ -27,7 +27,7 @@ def _chunks(alive: int, floats_per_block: int) -> Iterator[slice]:
 def _as_blocks(x: Tensor, width: int) -> Tensor:
     """(batch, n) -> (blocks, batch, width), zero-padded."""
     x = F.pad(x, (0, -x.shape[1] % width))
-    return x.view(x.shape[0], -1, width).transpose(0, 1)
+    return x.view(x.shape[0], x.shape[1] // width, width).transpose(0, 1)
 
 
 def forward(
@@ -41,7 +41,7 @@ def forward(
     for part in _chunks(cols.numel(), x.shape[0] * (bh + bw)):
         weight = values[slots[part].long()]
         y.index_add_(0, rows[part], torch.bmm(source[cols[part].long()], weight.transpose(1, 2)))
-    return y.transpose(0, 1).reshape(x.shape[0], -1)[:, :n_out]
+    return y.transpose(0, 1).flatten(1)[:, :n_out]
 
 
 def input_gradient(
@@ -55,7 +55,7 @@ def input_gradient(
     for part in _chunks(rows_t.numel(), dy.shape[0] * (bh + bw)):
         weight = values[slots_t[part].long()]
         dx.index_add_(0, cols[part], torch.bmm(source[rows_t[part].long()], weight))
-    return dx.transpose(0, 1).reshape(dy.shape[0], -1)[:, :n_in]
+    return dx.transpose(0, 1).flatten(1)[:, :n_in]
 
 
 def weight_gradient(

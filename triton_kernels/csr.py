@@ -29,7 +29,9 @@ def product(
     and ``values[slots]``. With the transposed order of a weight, its input gradient."""
     alive = _wide(values.view(-1)[slots.long()])
     matrix = _matrix(offsets, index, alive, (width, x.shape[1]))
-    return (matrix @ _wide(x).T).T.to(x.dtype).contiguous()
+    # The body of a custom op still runs under autocast, which would narrow the operands again.
+    with torch.autocast(x.device.type, enabled=False):
+        return (matrix @ _wide(x).T).T.to(x.dtype).contiguous()
 
 
 def weight_gradient(
@@ -39,7 +41,8 @@ def weight_gradient(
     shape = (dy.shape[1], x.shape[1])
     left, right = _wide(dy).T.contiguous(), _wide(x).contiguous()
     pattern = _matrix(row_offsets, cols, right.new_zeros(cols.numel()), shape)
-    sampled = torch.sparse.sampled_addmm(pattern, left, right, beta=0.0).values()
+    with torch.autocast(x.device.type, enabled=False):
+        sampled = torch.sparse.sampled_addmm(pattern, left, right, beta=0.0).values()
     grad = x.new_zeros(capacity, 1, 1)
     grad.view(-1)[slots.long()] = sampled.to(x.dtype)
     return grad

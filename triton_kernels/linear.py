@@ -30,12 +30,17 @@ def sparse_linear(
 def cast_for_autocast(
     x: Tensor, values: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What ``F.linear`` does under autocast; outside of it, the tensors as they are."""
+    """What ``F.linear`` does under autocast, which leaves float64 alone; outside of it, the tensors
+    as they are."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
         return x, values, bias
     dtype = torch.get_autocast_dtype(kind)
-    return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return cast(x), cast(values), None if bias is None else cast(bias)
 
 
 @torch.library.custom_op("sparsegrow::linear", mutates_args=())

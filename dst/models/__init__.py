@@ -16,7 +16,7 @@ from growth.errors import InputError
 
 
 class Builder(Protocol):
-    """Makes the network for images of (in_channels, image_size, image_size); ``suffix`` may be empty."""
+    """Makes the network for images of (in_channels, image_size, image_size)."""
 
     def __call__(
         self, suffix: str, *, in_channels: int, image_size: int, classes: int, dropout: float
@@ -24,7 +24,7 @@ class Builder(Protocol):
 
 
 class Model(NamedTuple):
-    """How users write the model's name, and what builds it. A form equal to the key has no suffix."""
+    """How users write the name, and what builds it. A form equal to the key has no suffix."""
 
     form: str
     builder: Builder
@@ -54,8 +54,8 @@ def build(
 
     Raises InputError for an unknown or malformed name and for numbers out of range.
     """
-    for what, value in (("in_channels", in_channels), ("image_size", image_size),
-                        ("classes", classes)):  # fmt: skip
+    sizes = {"in_channels": in_channels, "image_size": image_size, "classes": classes}
+    for what, value in sizes.items():
         if value < 1:
             raise InputError(f"{what} {value} is impossible: give a whole number of at least 1")
     if not 0 <= dropout < 1:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from growth.errors import InputError, MissingLibraryError
+from growth.errors import InputError
 
 if TYPE_CHECKING:
     from torchvision.models import AlexNet
@@ -19,7 +19,7 @@ SMALLEST_SMALL_IMAGE = 8  # px: the digits of scikit-learn
 def alexnet(
     suffix: str, *, in_channels: int, image_size: int, classes: int, dropout: float
 ) -> "AlexNet":
-    """``alexnet``: torchvision's, for colour images of at least 63 px; dropout in the classifier."""
+    """``alexnet``: torchvision's, for colour images of 63 px or more; dropout in the classifier."""
     if in_channels != 3 or image_size < SMALLEST_IMAGE:
         raise InputError(
             f"alexnet needs images of 3 channels and at least {SMALLEST_IMAGE} px, not of "
@@ -50,10 +50,8 @@ def alexnet_small(
 
 
 def _torchvision_alexnet(classes: int, dropout: float) -> "AlexNet":
-    try:
-        import torchvision
-    except ImportError:
-        raise MissingLibraryError("torchvision", "data", "the model alexnet") from None
+    import torchvision  # slow to import, and no other model needs it
+
     model: AlexNet = torchvision.models.alexnet(weights=None, num_classes=classes, dropout=dropout)
     for module in model.modules():
         # An in-place ReLU overwrites the layer's output, which backward hooks do not allow.

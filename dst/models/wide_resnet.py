@@ -34,7 +34,8 @@ class Block(nn.Module):
         # As in the authors' code, a convolved shortcut starts after the shared BN-ReLU.
         identity = x if self.shortcut is None else self.shortcut(activated)
         out = self.dropout(F.relu(self.bn2(self.conv1(activated))))
-        return identity + self.conv2(out)
+        residual: Tensor = self.conv2(out)
+        return identity + residual
 
 
 class WideResNet(nn.Module):

@@ -1,0 +1,46 @@
+"""Sparse training: layers whose weights exist only where a topology is alive, and methods that
+change the topology while the network trains."""
+
+import triton_kernels
+
+if not hasattr(triton_kernels, "sparse_linear"):
+    raise ImportError(
+        f"the package triton_kernels at {triton_kernels.__path__[0]} is another project's: "
+        "pip uninstall triton_kernels, then reinstall sparsegrow"
+    )
+
+from dst.convert import densify, density_table, model_density, sparsify
+from dst.layers import SparseConv2d, SparseLayer, SparseLinear, sparse_layers
+from dst.methods import METHODS, DropGrow, Unchanging
+from dst.methods.rigl import rigl
+from dst.methods.set import sparse_evolutionary_training
+from dst.methods.similarity import similarity
+from dst.optimizer_state import resize
+from dst.schedules import LearningRate, UpdateSchedule
+from dst.topology import Change, Topology
+from dst.updater import TopologyUpdater
+from growth import InputError
+
+__all__ = [
+    "METHODS",
+    "Change",
+    "DropGrow",
+    "InputError",
+    "LearningRate",
+    "SparseConv2d",
+    "SparseLayer",
+    "SparseLinear",
+    "Topology",
+    "TopologyUpdater",
+    "Unchanging",
+    "UpdateSchedule",
+    "densify",
+    "density_table",
+    "model_density",
+    "resize",
+    "rigl",
+    "similarity",
+    "sparse_evolutionary_training",
+    "sparse_layers",
+    "sparsify",
+]

@@ -1,0 +1,386 @@
+"""Everything that a run is made from: typed, checked, and written to the run's folder as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import OmitArgPrefixes, arg
+
+from dst.convert import INITS
+from dst.data import AUGMENTATIONS, DATASETS
+from dst.distributions import DISTRIBUTIONS
+from dst.drop import CRITERIA
+from dst.methods import METHODS
+from dst.methods.base import GROWN_INITS
+from dst.models import describe
+from dst.schedules import DECAYS, LR_SCHEDULES
+from growth import METRICS, STRATEGIES, InputError
+from triton_kernels import COMPUTE
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+AMP = ("off", "bf16", "fp16")
+WANDB = ("auto", "off", "offline", "online")
+
+
+def _names(choices: Iterable[str]) -> str:
+    return ", ".join(choices)
+
+
+# The help of an option whose default is None says what happens then.
+def _open(default: str, metavar: str) -> Any:
+    return arg(help_behavior_hint=f"(default: {default})", metavar=metavar)
+
+
+_METHODS = "; ".join(f"{name}: {entry.summary}" for name, entry in METHODS.items())
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """Which weights are alive at the start."""
+
+    density: float = 0.1
+    """Share of the weights alive, in (0, 1)."""
+    distribution: Annotated[str, arg(help=f"Density per layer: {_names(DISTRIBUTIONS)}.")] = "erk"
+    block: Annotated[str, arg(metavar="N|HxW")] = "1"
+    """Block of weights that live and die together: outputs x inputs (channels at one tap)."""
+    skip: str = "auto"
+    """Layers kept dense: names, patterns, first, last, comma-separated; none; auto: first if
+    uniform."""
+    init: Annotated[str, arg(help=f"Initial weights: {_names(INITS)}.")] = "sparse-aware"
+    compute: Annotated[str, arg(help=f"Sparse linear products: {_names(COMPUTE)}.")] = "auto"
+
+
+@dataclass(frozen=True)
+class GrowthConfig:
+    """How new connections are found."""
+
+    strategy: Annotated[
+        str,
+        arg(
+            name="growth",
+            prefix_name=False,
+            help=f"Growth strategy: {_names(STRATEGIES)}; auto: the method's own.",
+        ),
+    ] = "auto"
+    metric: Annotated[str, arg(help=f"Similarity of vectors: {_names(METRICS)}.")] = "abs-ip"
+    k_similar: float = 0.15
+    """Share of the activation vectors that each query of an index returns."""
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """When the topology changes, and how much."""
+
+    update_interval: Annotated[str | None, _open("the method's", "N|Nep")] = None
+    """Steps between updates, or epochs as in 1ep or 0.5ep."""
+    update_fraction: Annotated[float | None, _open("the method's", "FLOAT")] = None
+    """Share of the alive connections replaced at the first update (alpha, zeta, K)."""
+    update_decay: Annotated[
+        str | None,
+        arg(
+            help=f"How that share falls: {_names(DECAYS)}.",
+            help_behavior_hint="(default: the method's)",
+            metavar="STR",
+        ),
+    ] = None
+    update_end: Annotated[float | None, _open("the method's", "FLOAT")] = None
+    """T_end: share of the run after which the topology stays, in (0, 1]."""
+    update_average: int = 1
+    """Steps whose vectors are searched together by one update."""
+    update_skips_step: Annotated[bool | None, _open("the method's", "{True,False}")] = None
+    """Whether an update takes the place of the optimizer's step (RigL's algorithm 1)."""
+    drop: Annotated[
+        str | None,
+        arg(
+            help=f"Which connections to drop: {_names(CRITERIA)}.",
+            help_behavior_hint="(default: the method's)",
+            metavar="STR",
+        ),
+    ] = None
+    regrow: bool = True
+    """Whether a connection dropped in an update may be grown in the same one."""
+    keep_regrown: bool = True
+    """Whether such a one keeps its value and optimizer state."""
+    grown_init: Annotated[str, arg(help=f"Weight of a grown connection: {_names(GROWN_INITS)}.")] = (
+        "zero"
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What it is trained on."""
+
+    data: Annotated[str, arg(help=f"Data set: {_names(DATASETS)}.")] = "mnist-5k"
+    data_dir: str = "data"
+    """Folder of data sets that no package ships."""
+    download: bool = False
+    """Fetch the data set into that folder if it is missing."""
+    val_size: Annotated[int | None, _open("the data set's", "INT")] = None
+    """Training images held out for validation; 0: none."""
+    split_seed: int = 0
+    """Seed of the split, apart from the run's seed."""
+    augment: Annotated[str, arg(help=f"Augmentation: {_names(AUGMENTATIONS)}; auto: the usual.")] = (
+        "auto"
+    )
+    batch: int = 128
+    """Images per step, over all workers of a torchrun together."""
+    workers: int = 0
+    """Processes that prepare batches; 0: in the main one."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the weights are trained."""
+
+    epochs: int = 12
+    """Passes over the training images."""
+    optimizer: Annotated[str, arg(help=f"Optimizer: {_names(OPTIMIZERS)}.")] = "sgd"
+    lr: float = 0.1
+    """Learning rate at its highest."""
+    lr_schedule: Annotated[str, arg(help=f"Its course: {_names(LR_SCHEDULES)}.")] = "cosine"
+    lr_milestones: str = "0.5,0.75"
+    """Shares of the run at which schedule steps lowers the rate."""
+    lr_factor: float = 0.1
+    """What it is multiplied with there."""
+    warmup: int = 0
+    """First steps over which the rate rises linearly."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    nesterov: bool = True
+    """Nesterov momentum, in sgd."""
+    weight_decay: float = 5e-4
+    """L2 penalty (decoupled in adamw)."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes, in [0, 1)."""
+    amp: Annotated[str, arg(help=f"Autocast to half precision: {_names(AMP)}.")] = "off"
+    compile: bool = False
+    """Run the model through torch.compile."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where it runs, and what is kept."""
+
+    name: Annotated[str | None, _open("method-model-data-seed and a number", "STR")] = None
+    """Name of the run's folder."""
+    out: str = "runs"
+    """Folder of all runs."""
+    seed: int = 0
+    """Seed of weights, topology and batches."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: Annotated[int | None, _open("PyTorch's own", "INT")] = None
+    """CPU threads."""
+    checkpoint_interval: str = "1ep"
+    """Steps between checkpoints, or epochs as in 1ep."""
+    wandb: Annotated[
+        str, arg(help="Weights & Biases: off, offline, online; auto: on under a sweep agent.")
+    ] = "auto"
+    wandb_project: str = "sparsegrow"
+    """Its project."""
+    resume: Annotated[str | None, _open("a new run", "FOLDER")] = None
+    """Continue the run in this folder, bit for bit."""
+    config: Annotated[str | None, _open("none", "FILE")] = None
+    """Take every flag that is not given from this config.json."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a sparse network. With no flags: a WideResNet at density 0.1 on 5,000 MNIST images."""
+
+    method: Annotated[str, arg(help=f"{_METHODS}.")] = "similarity"
+    model: Annotated[str, arg(help=f"Network: {describe()}.")] = "wrn-16-1"
+    dropout: float = 0.0
+    """Probability of dropping an activation, where the network has dropout."""
+    sparsity: Annotated[SparsityConfig, OmitArgPrefixes] = field(default_factory=SparsityConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
+    update: Annotated[UpdateConfig, OmitArgPrefixes] = field(default_factory=UpdateConfig)
+    data: Annotated[DataConfig, OmitArgPrefixes] = field(default_factory=DataConfig)
+    training: Annotated[OptimConfig, OmitArgPrefixes] = field(default_factory=OptimConfig)
+    run: Annotated[RunConfig, OmitArgPrefixes] = field(default_factory=RunConfig)
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot be, before anything is built. Raises InputError."""
+    choose("method", config.method, METHODS)
+    entry = METHODS[config.method]
+    sparsity, growth, update = config.sparsity, config.growth, config.update
+    choose("distribution", sparsity.distribution, DISTRIBUTIONS)
+    choose("init", sparsity.init, INITS)
+    choose("compute", sparsity.compute, COMPUTE)
+    block = parse_block(sparsity.block)
+    _number("density", sparsity.density, above=0, below=1)
+    choose("growth", growth.strategy, ("auto", *STRATEGIES))
+    choose("growth.metric", growth.metric, METRICS)
+    _number("growth.k-similar", growth.k_similar, above=0, most=1)
+    if growth.strategy not in ("auto", *entry.growths):
+        able = ", ".join(entry.growths) or "nothing"
+        raise InputError(
+            f"method {config.method} grows by {able}, not by {growth.strategy}: leave --growth "
+            "away or use --method similarity"
+        )
+    if entry.growths and block != (1, 1):
+        if growth.strategy == "faiss":
+            raise InputError(f"growth faiss searches single neurons, not blocks of {block}: use exact")
+        if growth.metric != "abs-ip":
+            raise InputError(f"metric {growth.metric} compares single neurons: use --block 1")
+    if growth.metric != "abs-ip" and config.method != "similarity" and entry.sparse:
+        raise InputError(f"method {config.method} has no metric: use --method similarity")
+    if update.update_fraction is not None:
+        _number("update-fraction", update.update_fraction, above=0, most=1)
+    if update.update_end is not None:
+        _number("update-end", update.update_end, above=0, most=1)
+    for name, value, choices in (
+        ("update-decay", update.update_decay, DECAYS),
+        ("drop", update.drop, CRITERIA),
+    ):
+        if value is not None:
+            choose(name, value, choices)
+    choose("grown-init", update.grown_init, GROWN_INITS)
+    if update.update_interval is not None:
+        parse_interval("update-interval", update.update_interval, 1)
+    _check_training(config)
+
+
+def _check_training(config: Config) -> None:
+    data, training, run = config.data, config.training, config.run
+    choose("data", data.data, DATASETS)
+    choose("augment", data.augment, ("auto", *AUGMENTATIONS))
+    _number("epochs", training.epochs, least=1)
+    _number("batch", data.batch, least=1)
+    _number("workers", data.workers, least=0)
+    choose("optimizer", training.optimizer, OPTIMIZERS)
+    choose("lr-schedule", training.lr_schedule, LR_SCHEDULES)
+    choose("amp", training.amp, AMP)
+    choose("wandb", run.wandb, WANDB)
+    _number("lr", training.lr, above=0)
+    _number("lr-factor", training.lr_factor, above=0, most=1)
+    for share in parse_shares(training.lr_milestones):
+        _number("lr-milestones", share, least=0, most=1)
+    _number("warmup", training.warmup, least=0)
+    _number("momentum", training.momentum, least=0, below=1)
+    _number("weight-decay", training.weight_decay, least=0)
+    _number("label-smoothing", training.label_smoothing, least=0, below=1)
+    _number("seed", run.seed, least=0)
+    _number("split-seed", data.split_seed, least=0)
+    if run.threads is not None:
+        _number("threads", run.threads, least=1)
+    if training.optimizer == "sgd" and training.nesterov and training.momentum == 0:
+        raise InputError("nesterov needs a momentum above 0: add --no-nesterov")
+    if run.resume is not None and run.config is not None:
+        raise InputError("--resume takes the run's own config: leave --config away")
+    parse_interval("checkpoint-interval", run.checkpoint_interval, 1)
+
+
+def choose(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise InputError, with the nearest choice, unless ``value`` is one of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f"did you mean {near[0]}? Choose" if near else "choose"
+        raise InputError(f"{name} {value!r} is unknown: {hint} {', '.join(choices)}")
+
+
+def _number(
+    name: str,
+    value: float,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+) -> None:
+    if math.isfinite(value) and above < value < below and least <= value <= most:
+        return
+    low = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
+    limits = [low] if max(above, least) > -math.inf else []
+    if min(below, most) < math.inf:
+        limits.append(f"below {below:g}" if below < math.inf else f"at most {most:g}")
+    raise InputError(f"{name} {value} must be {' and '.join(limits)}")
+
+
+def parse_block(text: str) -> tuple[int, int]:
+    """``"16"`` -> (16, 16), ``"8x32"`` -> (8, 32)."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"block {text!r} must be a size such as 16, or outputs x inputs: 8x32")
+    return int(parts[0]), int(parts[-1])
+
+
+def parse_interval(name: str, text: str, steps_per_epoch: int) -> int:
+    """``"100"`` -> 100 steps; ``"0.5ep"`` -> that many epochs in steps, at least one."""
+    number = text.removesuffix("ep")
+    try:
+        value = float(number) if number != text else int(number)
+        if not 0 < value < math.inf:
+            raise ValueError
+    except ValueError:
+        raise InputError(
+            f"{name} {text!r} must be a number of steps such as 100, or of epochs such as 1ep"
+        ) from None
+    return max(1, round(value * steps_per_epoch)) if number != text else int(value)
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise InputError(f"{text!r} must be numbers separated by commas, such as 0.5,0.75") from None
+
+
+def parse_skip(text: str) -> tuple[str, ...] | None:
+    """For ``sparsify``: None for ``auto``."""
+    if text == "auto":
+        return None
+    return () if text == "none" else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(path: str | Path) -> Config:
+    """Read what :func:`to_json` wrote; options it lacks keep their defaults.
+
+    Raises InputError when the file is missing, not JSON, or has an unknown or ill-typed option.
+    """
+    try:
+        loaded = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"cannot read the config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"the config {path} is not JSON: {error}") from None
+    return typing.cast(Config, _build(Config, loaded, str(path), ""))
+
+
+def _build(kind: Any, loaded: Any, path: str, prefix: str) -> Any:
+    if not isinstance(loaded, dict):
+        raise InputError(f"the config {path} must hold an object{f' in {prefix}' * bool(prefix)}")
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for name, value in loaded.items():
+        if name not in hints:
+            raise InputError(f"the config {path} has an unknown option {prefix}{name}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(hint, value, path, f"{prefix}{name}.")
+            continue
+        allowed = hint.__args__ if isinstance(hint, types.UnionType) else (hint,)
+        if float in allowed and type(value) is int:
+            value = float(value)
+        if type(value) not in allowed:
+            wanted = " or ".join(t.__name__ for t in allowed if t is not types.NoneType)
+            raise InputError(
+                f"the config {path} has {prefix}{name} = {value!r}, which must be {wanted}"
+            )
+        values[name] = value
+    return kind(**values)

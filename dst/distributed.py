@@ -1,0 +1,110 @@
+"""Workers that agree: signed sums before any absolute value, one topology everywhere."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dst.topology import Change
+from growth import Pairs
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+class ReducedPairs(Pairs):
+    """The vectors of a layer over the batches of all workers, as if they had been one.
+
+    The loss is the mean over each worker's batch, and gradients are averaged over workers; so dz
+    is divided by their number here. Products are summed, signed, before anyone takes an absolute
+    value: the mean of |g| is another thing than |mean g|. Every worker must make the same calls.
+    """
+
+    def __init__(self, own: Pairs) -> None:
+        self.own = own
+        self.n_in, self.n_out, self.taps = own.n_in, own.n_out, own.taps
+        self.samples = own.samples * world_size()
+
+    @property
+    def device(self) -> torch.device:
+        return self.own.device
+
+    def is_finite(self) -> bool:
+        return everywhere(self.own.is_finite(), self.device)
+
+    def products(self, start: int, stop: int) -> Tensor:
+        tile = self.own.products(start, stop).contiguous()
+        dist.all_reduce(tile)
+        return tile.div_(world_size())
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The chunks of every worker in turn, broadcast by it."""
+        for source in range(world_size()):
+            if source == rank():
+                for x, dz in self.own.chunks():
+                    yield self._send(x, dz, source)
+                self._announce(0, torch.float32, source)
+            else:
+                while (received := self._receive(source)) is not None:
+                    yield received
+
+    def _announce(self, length: int, dtype: torch.dtype, source: int) -> None:
+        header = torch.tensor([length, dtype == torch.float64], device=self.device)
+        dist.broadcast(header, source)
+
+    def _send(self, x: Tensor, dz: Tensor, source: int) -> tuple[Tensor, Tensor]:
+        x, dz = x.contiguous(), (dz / world_size()).contiguous()
+        self._announce(x.shape[0], x.dtype, source)
+        dist.broadcast(x, source)
+        dist.broadcast(dz, source)
+        return x, dz
+
+    def _receive(self, source: int) -> tuple[Tensor, Tensor] | None:
+        header = torch.zeros(2, dtype=torch.int64, device=self.device)
+        dist.broadcast(header, source)
+        length, double = header.tolist()
+        if length == 0:
+            return None
+        dtype = torch.float64 if double else torch.float32
+        x = torch.empty(length, self.n_in, dtype=dtype, device=self.device)
+        dz = torch.empty(length, self.n_out, dtype=dtype, device=self.device)
+        dist.broadcast(x, source)
+        dist.broadcast(dz, source)
+        return x, dz
+
+
+def everywhere(condition: bool, device: torch.device) -> bool:
+    """Whether the condition holds on every worker."""
+    if world_size() == 1:
+        return condition
+    flag = torch.tensor(int(condition), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag)
+
+
+def check_agreement(changes: Mapping[str, Change], device: torch.device) -> None:
+    """Raise RuntimeError unless every worker is about to make the same changes."""
+    if world_size() == 1:
+        return
+    crc = 0
+    for name, change in changes.items():
+        crc = zlib.crc32(name.encode(), crc)
+        for keys in (change.dropped, change.grown):
+            crc = zlib.crc32(keys.cpu().numpy().tobytes(), crc)
+    own = torch.tensor([crc], dtype=torch.int64, device=device)
+    everyone = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(everyone, own)
+    if any(int(other) != crc for other in everyone):
+        raise RuntimeError(
+            "workers disagree on the topology update: their weights, seeds or versions differ; "
+            "start every worker from the same checkpoint"
+        )

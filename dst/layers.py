@@ -1,0 +1,282 @@
+"""Sparse layers: values, and the topology that says where they stand."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dst.topology import Topology
+from growth import Grid, InputError
+from growth.connections import Block
+from growth.sampling import sample_distinct
+from triton_kernels import COMPUTE, choose_linear, gather, scatter, sparse_conv2d, sparse_linear
+
+
+class SparseLayer(nn.Module):
+    """A layer whose weight exists only where its topology is alive.
+
+    values: Parameter (capacity, bh, bw); ``values[slot]`` is the block that the topology puts in
+    that slot. Free slots and the padding of edge blocks are zero and get no gradient.
+    """
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    topology: Topology
+    # What growth.record takes it for.
+    records_as: str
+
+    def _build(
+        self,
+        grid: Grid,
+        density: float,
+        keys: Tensor | None,
+        bias: bool,
+        generator: torch.Generator | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        if keys is None:
+            keys = sample_distinct(grid.size, alive_blocks(grid, density), generator)
+        self.topology = Topology(grid, keys).to(device)
+        shape = (self.topology.capacity, *grid.block)
+        self.values = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias",
+            nn.Parameter(torch.zeros(grid.n_out, device=device, dtype=dtype)) if bias else None,
+        )
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Sparse-aware initialisation: PyTorch's default for a layer whose fan-in is, for every
+        output by itself, the number of its alive connections (Evci et al. 2022)."""
+        with torch.no_grad():
+            self.values.copy_(self.random_blocks(torch.arange(self.values.shape[0]), generator))
+            if self.bias is not None:
+                bound = self.topology.fan_in().clamp(min=1).rsqrt()
+                self.bias.copy_((2 * torch.rand(bound.shape, generator=generator) - 1).to(bound) * bound)
+
+    def random_blocks(self, slots: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(len(slots), bh, bw) fresh weights for blocks in these slots, zero where a slot is free
+        and in padding; uniform within 1 / sqrt(alive fan-in of the output)."""
+        grid, topology = self.topology.grid, self.topology
+        bh, bw = grid.block
+        own = topology.slots.long()
+        row = torch.full((topology.capacity,), -1, dtype=torch.int64, device=own.device)
+        width = torch.zeros_like(row)
+        row[own] = topology.rows()
+        width[own] = topology._widths()
+        slots = slots.to(own.device)
+        row, width = row[slots], width[slots]
+        bound = F.pad(topology.fan_in().clamp(min=1).rsqrt(), (0, -grid.n_out % bh)).view(-1, bh)
+        drawn = 2 * torch.rand(slots.numel(), bh, bw, generator=generator) - 1
+        drawn = drawn.to(own.device) * bound[row.clamp(min=0)][:, :, None]
+        inside = torch.arange(bw, device=own.device) < width[:, None]
+        return (drawn * inside[:, None, :]).to(self.values.dtype)
+
+    @property
+    def total(self) -> int:
+        """Number of weights if the layer were dense."""
+        grid = self.topology.grid
+        return grid.n_out * grid.taps * grid.channels
+
+    @property
+    def alive(self) -> int:
+        """Number of alive weights, exactly: the padding of edge blocks does not count."""
+        return int(self.topology.sizes().sum())
+
+    @property
+    def density(self) -> float:
+        return self.alive / self.total
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Take the alive weights from a dense one, of the shape that PyTorch gives it."""
+        layout, grid = self.topology.layout, self.topology.grid
+        dense = self._to_columns(weight).to(self.values)
+        with torch.no_grad():
+            self.values.copy_(gather(dense, *layout[:3], self.values.shape[0], grid.block))
+
+    def dense_weight(self) -> Tensor:
+        """The weight with its zeros, in PyTorch's shape. For export and tests: it is as large as
+        the dense layer's."""
+        layout = self.topology.layout
+        dense = scatter(self.values, *layout[:3], layout.n_out, layout.taps, layout.channels)
+        return self._from_columns(dense)
+
+    def _to_columns(self, weight: Tensor) -> Tensor:
+        """PyTorch's shape -> (n_out, taps, channels)."""
+        raise NotImplementedError
+
+    def _from_columns(self, dense: Tensor) -> Tensor:
+        """(n_out, taps, channels) -> PyTorch's shape."""
+        raise NotImplementedError
+
+
+def alive_blocks(grid: Grid, density: float) -> int:
+    """Number of blocks nearest to a density in (0, 1]; InputError where it is none."""
+    if not (math.isfinite(density) and 0 < density <= 1):
+        raise InputError(f"density {density} must lie in (0, 1]")
+    count = round(density * grid.size)
+    if count == 0:
+        raise InputError(
+            f"density {density:g} of {grid.n_rows} x {grid.n_cols} blocks of {grid.block} rounds "
+            "to no block: raise the density, use smaller blocks or keep the layer dense"
+        )
+    return count
+
+
+class SparseLinear(SparseLayer):
+    """``nn.Linear`` with a sparse weight. x: (..., in_features) -> (..., out_features).
+
+    density: share of the blocks alive at first, chosen uniformly with ``generator``; or keys: the
+    alive blocks as row * n_cols + col. block: (outputs, inputs) of a block. compute: ``dense``
+    scatters the weight for each product, ``sparse`` never does, ``auto`` picks the cheaper once.
+    """
+
+    records_as = "linear"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        density: float = 0.1,
+        keys: Tensor | None = None,
+        block: Block = (1, 1),
+        compute: str = "auto",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if compute not in COMPUTE:
+            raise InputError(f"compute {compute!r} is unknown: choose {', '.join(COMPUTE)}")
+        self.in_features, self.out_features = in_features, out_features
+        grid = Grid.of(out_features, in_features, 1, block)
+        self._build(grid, density, keys, bias, generator, device, dtype)
+        if compute == "auto":
+            size = self.total * self.values.element_size()
+            compute = choose_linear(self.density, size, self.values.device.type)
+        self.compute = compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sparse_linear(x, self.values, self.topology.layout, self.bias, compute=self.compute)
+
+    def _to_columns(self, weight: Tensor) -> Tensor:
+        return weight.unsqueeze(1)
+
+    def _from_columns(self, dense: Tensor) -> Tensor:
+        return dense.squeeze(1)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, density={self.density:.4g}, compute={self.compute}"
+        )
+
+
+class SparseConv2d(SparseLayer):
+    """``nn.Conv2d`` with a sparse weight, zero-padded. x: (batch, C, H, W) -> (batch, out, H', W').
+
+    A block is (outputs, channels at one tap); columns run over (kh, kw, C). Other arguments as in
+    :class:`SparseLinear` and ``nn.Conv2d``. Raises InputError for groups and other padding modes.
+    """
+
+    records_as = "conv2d"
+    padding_mode = "zeros"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        density: float = 0.1,
+        keys: Tensor | None = None,
+        block: Block = (1, 1),
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if groups != 1:
+            raise InputError(
+                f"a sparse convolution of {groups} groups is not supported: keep the layer dense"
+            )
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride = _pair(kernel_size), _pair(stride)
+        self.dilation = _pair(dilation)
+        # (left, right, top, bottom) zeros that F.conv2d's symmetric padding cannot express.
+        self._uneven_padding: tuple[int, int, int, int] | None = None
+        self.padding = self._resolve_padding(padding)
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        grid = Grid.of(out_channels, in_channels * taps, taps, block)
+        self._build(grid, density, keys, bias, generator, device, dtype)
+
+    def _resolve_padding(self, padding: int | tuple[int, int] | str) -> tuple[int, int]:
+        if not isinstance(padding, str):
+            return _pair(padding)
+        if padding == "valid":
+            return (0, 0)
+        if padding != "same" or self.stride != (1, 1):
+            raise InputError(
+                f"padding {padding!r} with stride {self.stride} must be 'valid', or 'same' with "
+                "stride 1, or numbers"
+            )
+        high, wide = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        if high % 2 == 0 and wide % 2 == 0:
+            return (high // 2, wide // 2)
+        self._uneven_padding = (wide // 2, wide - wide // 2, high // 2, high - high // 2)
+        return (0, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sparse_conv2d(
+            self.pad(x),
+            self.values,
+            self.topology.layout,
+            self.kernel_size,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+        )
+
+    @property
+    def pads_unevenly(self) -> bool:
+        """Whether the input is padded by ``pad``, for 'same' with an even kernel."""
+        return self._uneven_padding is not None
+
+    def pad(self, x: Tensor) -> Tensor:
+        """What ``padding`` cannot express."""
+        return x if self._uneven_padding is None else F.pad(x, self._uneven_padding)
+
+    def _to_columns(self, weight: Tensor) -> Tensor:
+        return weight.permute(0, 2, 3, 1).flatten(1, 2)
+
+    def _from_columns(self, dense: Tensor) -> Tensor:
+        dense = dense.view(dense.shape[0], *self.kernel_size, self.in_channels)
+        return dense.permute(0, 3, 1, 2).contiguous()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, bias={self.bias is not None}, "
+            f"density={self.density:.4g}"
+        )
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    """The sparse layers of a model by name, in the order of its modules."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}

@@ -1,0 +1,111 @@
+"""What every recipe is handed: the config, the device, the run's folder and its tools."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from dst import checkpoint, tracking
+from dst.config import Config
+from dst.errors import StoppedError
+from dst.timing import Stopwatch
+from growth import InputError
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass
+class Session:
+    """One run in progress.
+
+    folder: where the first worker writes; None on the others. checkpoint: the file to resume from,
+    or None for a new run. clock: seconds by part, of all attempts of the run together.
+    """
+
+    config: Config
+    device: torch.device
+    folder: Path | None
+    checkpoint: Path | None
+    console: Console
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    tracker: tracking.Tracker | None = None
+
+    def open_tracker(self, wandb_id: str | None = None) -> None:
+        """Call once the recipe knows that nothing is wrong with its input."""
+        if self.folder is None:
+            return
+        run = self.config.run
+        wandb_run = tracking.start_wandb(
+            run.wandb, run.wandb_project, self.folder, dataclasses.asdict(self.config), wandb_id
+        )
+        self.tracker = tracking.Tracker(self.folder, wandb_run)
+
+    def log(self, kind: str, step: int, **values: Any) -> None:
+        if self.tracker is not None:
+            try:
+                self.tracker.log(kind, step, **values)
+            except OSError as error:
+                raise StoppedError(self._disk_message("the metrics", error)) from None
+
+    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Write the checkpoint, with every random state; only the first worker does."""
+        if self.folder is None or self.tracker is None:
+            return
+        tensors = {**tensors, "random/cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            **state,
+            "seconds": self.clock.seconds,
+            "metrics_bytes": self.tracker.position,
+            "wandb_id": self.tracker.wandb_id,
+        }
+        try:
+            checkpoint.save(self.folder / CHECKPOINT, tensors, state)
+        except OSError as error:
+            raise StoppedError(self._disk_message("the checkpoint", error)) from None
+
+    def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and state of the checkpoint to resume from; None for a run that starts.
+
+        A run that was stopped before its first checkpoint starts over.
+        """
+        if self.checkpoint is None or not self.checkpoint.exists():
+            self.open_tracker()
+            if self.tracker is not None:
+                self.tracker.rewind(0)
+            return None
+        tensors, state = checkpoint.load(self.checkpoint)
+        self.open_tracker(state["wandb_id"])
+        if self.tracker is not None:
+            self.tracker.rewind(state["metrics_bytes"])
+        self.clock.seconds.update(state["seconds"])
+        return tensors, state
+
+    def restore_random(self, tensors: dict[str, Tensor]) -> None:
+        """Call last: building a model draws from these generators."""
+        torch.set_rng_state(tensors["random/cpu"])
+        if self.device.type == "cuda":
+            if "random/cuda" not in tensors:
+                raise InputError("the checkpoint was made on a CPU: resume it with --device cpu")
+            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
+
+    def close(self, failed: bool = False) -> None:
+        if self.tracker is not None:
+            self.tracker.close(failed)
+            self.tracker = None
+
+    def _disk_message(self, what: str, error: OSError) -> str:
+        assert self.folder is not None
+        kept = (self.folder / CHECKPOINT).exists()
+        return (
+            f"cannot write {what} in {self.folder}: {error.strerror or error}; "
+            + ("the last checkpoint is intact: " if kept else "")
+            + f"free some space, then --resume {self.folder}"
+        )

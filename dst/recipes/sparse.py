@@ -1,0 +1,441 @@
+"""Sparse training from scratch: build, make sparse, train while the topology changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from dst import checkpoint
+from dst.config import Config, parse_block, parse_interval, parse_shares, parse_skip
+from dst.convert import density_table, model_density, sparsify
+from dst.data import Dataset, Split, eval_batches, load, steps_per_epoch, train_loader
+from dst.distributed import rank, world_size
+from dst.drop import CRITERIA
+from dst.errors import StoppedError
+from dst.flops import LayerCost, layer_costs, training_cost
+from dst.layers import SparseLinear
+from dst.methods import METHODS, DropGrow, Method
+from dst.models import build
+from dst.progress import ProgressBar
+from dst.recipes.session import Session
+from dst.report import Summary, announce, write
+from dst.schedules import LearningRate, UpdateSchedule
+from dst.updater import TopologyUpdater
+from growth import STRATEGIES, InputError
+
+# Steps between two looks at the loss: each waits for the device.
+LOOK_EVERY = 10
+EVAL_BATCH = 500
+
+
+def sparse(session: Session) -> Summary:
+    """``--method dense``, ``static`` and every drop/grow method."""
+    config, device = session.config, session.device
+    data = load(
+        config.data.data,
+        data_dir=config.data.data_dir,
+        download=config.data.download,
+        split_seed=config.data.split_seed,
+        val_size=config.data.val_size,
+    )
+    steps = steps_per_epoch(data.train, config.data.batch)
+    total = steps * config.training.epochs
+    rate = _learning_rate(config, total)
+    method = build_method(config, steps)
+    torch.manual_seed(config.run.seed)
+    model = _model(config, data).to(device)
+    example = torch.zeros(1, data.in_channels, data.image_size, data.image_size, device=device)
+    costs = layer_costs(model, example)
+    optimizer = _optimizer(config, model)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.training.amp == "fp16")
+    updater = TopologyUpdater(
+        model, optimizer, method, scaler=scaler if scaler.is_enabled() else None
+    )
+    run = _Run(session, data, model, optimizer, scaler, updater, costs, steps, total)
+    resumed = session.restore()
+    if resumed is not None:
+        run.load(*resumed)
+    run.fit(rate)
+    return run.finish()
+
+
+def build_method(config: Config, steps: int) -> Method:
+    """The method of a config; what the user left open is the method's own. steps: per epoch."""
+    entry, update = METHODS[config.method], config.update
+    if entry.defaults is None:
+        return entry.build(UpdateSchedule(1, 1, 1.0), config.run.seed)
+    own = entry.defaults
+    interval = parse_interval("update-interval", update.update_interval or own.interval, steps)
+    total = steps * config.training.epochs
+    end = own.end if update.update_end is None else update.update_end
+    schedule = UpdateSchedule(
+        interval,
+        max(1, round(end * total)),
+        own.fraction if update.update_fraction is None else update.update_fraction,
+        update.update_decay or own.decay,
+        update.update_average,
+    )
+    method = entry.build(schedule, config.run.seed)
+    assert isinstance(method, DropGrow)
+    chosen: dict[str, Any] = {
+        "regrow": update.regrow,
+        "keep_regrown": update.keep_regrown,
+        "grown_init": update.grown_init,
+    }
+    if update.drop is not None:
+        chosen["drop"] = CRITERIA[update.drop]
+    if update.update_skips_step is not None:
+        chosen["skips_step"] = update.update_skips_step
+    if config.method == "similarity":
+        chosen["growth"] = _strategy(config)
+    if chosen.get("skips_step", method.skips_step) and interval == 1:
+        raise InputError(
+            "an update at every step that replaces the optimizer's step trains nothing: raise "
+            "--update-interval or add --no-update-skips-step"
+        )
+    return dataclasses.replace(method, **chosen)
+
+
+def _strategy(config: Config) -> Any:
+    """The growth strategy, with those of the options that it has."""
+    name = "exact" if config.growth.strategy == "auto" else config.growth.strategy
+    kind = STRATEGIES[name]
+    own = {field.name for field in dataclasses.fields(kind)}
+    options = {"metric": config.growth.metric, "k_similar": config.growth.k_similar}
+    return kind(**{key: value for key, value in options.items() if key in own})
+
+
+def _model(config: Config, data: Dataset) -> nn.Module:
+    model = build(
+        config.model,
+        in_channels=data.in_channels,
+        image_size=data.image_size,
+        classes=data.classes,
+        dropout=config.dropout,
+    )
+    if not METHODS[config.method].sparse:
+        return model
+    sparsity = config.sparsity
+    return sparsify(
+        model,
+        density=sparsity.density,
+        distribution=sparsity.distribution,
+        block=parse_block(sparsity.block),
+        skip=parse_skip(sparsity.skip),
+        init=sparsity.init,
+        compute=sparsity.compute,
+        seed=config.run.seed,
+    )
+
+
+def _optimizer(config: Config, model: nn.Module) -> Optimizer:
+    training = config.training
+    options = {"lr": training.lr, "weight_decay": training.weight_decay}
+    if training.optimizer == "sgd":
+        nesterov = training.nesterov and training.momentum > 0
+        return SGD(
+            model.parameters(), momentum=training.momentum, nesterov=nesterov, **options
+        )
+    kind = {"adam": Adam, "adamw": AdamW}[training.optimizer]
+    return kind(model.parameters(), **options)
+
+
+def _learning_rate(config: Config, total: int) -> LearningRate:
+    training = config.training
+    return LearningRate(
+        total,
+        training.lr_schedule,
+        training.warmup,
+        parse_shares(training.lr_milestones),
+        training.lr_factor,
+    )
+
+
+class _Run:
+    """A model in training, and how far it is."""
+
+    def __init__(
+        self,
+        session: Session,
+        data: Dataset,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler,
+        updater: TopologyUpdater,
+        costs: dict[str, LayerCost],
+        steps_per_epoch: int,
+        total_steps: int,
+    ) -> None:
+        self.session, self.data, self.model = session, data, model
+        self.optimizer, self.scaler, self.updater = optimizer, scaler, updater
+        self.costs = costs
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
+        self.step = 0
+        self.replaced_steps = 0
+        self.search_flops = 0
+        self.density = model_density(model)
+        # Sums over the epoch so far: loss, correct predictions, images.
+        self.sums = torch.zeros(3, dtype=torch.float64, device=session.device)
+        config = session.config
+        self.checkpoint_interval = parse_interval(
+            "checkpoint-interval", config.run.checkpoint_interval, steps_per_epoch
+        )
+        self.checkpoint_due = False
+        augment = config.data.augment
+        self.augment = data.augment if augment == "auto" else augment
+        network: nn.Module = model
+        if world_size() > 1:
+            ids = [session.device] if session.device.type == "cuda" else None
+            network = DistributedDataParallel(model, device_ids=ids)
+        self.network = network
+        # A compiled forward does not see the recorder: steps that are recorded run eagerly.
+        self.compiled = torch.compile(network) if config.training.compile else network
+
+    def fit(self, rate: LearningRate) -> None:
+        """Train to the end of the last epoch."""
+        session = self.session
+        with ProgressBar(session.console, self.total_steps, self.step) as bar:
+            while self.step < self.total_steps:
+                epoch = self.step // self.steps_per_epoch
+                self._train_epoch(epoch, rate, bar)
+                self._log_epoch(epoch)
+                self.sums.zero_()
+                self._save_if_due()
+        # The end is always kept, whatever the interval.
+        self._save()
+
+    def _train_epoch(self, epoch: int, rate: LearningRate, bar: ProgressBar) -> None:
+        config, clock = self.session.config, self.session.clock
+        loader = iter(
+            train_loader(
+                self.data.train,
+                self.data,
+                batch=config.data.batch,
+                epoch=epoch,
+                start=self.step % self.steps_per_epoch,
+                seed=config.run.seed,
+                augment=self.augment,
+                workers=config.data.workers,
+                rank=rank(),
+                world=world_size(),
+            )
+        )
+        self.network.train()
+        label = f"epoch {epoch + 1}/{config.training.epochs}"
+        for _ in range(self.step % self.steps_per_epoch, self.steps_per_epoch):
+            # A checkpoint inside an epoch is due before the step after it, so that the end of an
+            # epoch is saved with its metrics.
+            self._save_if_due()
+            with clock("data"):
+                images, labels = next(loader)
+                images = images.to(self.session.device, non_blocking=True)
+                labels = labels.to(self.session.device, non_blocking=True)
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.training.lr * rate.at(self.step)
+            self._train_step(images, labels)
+            self.step += 1
+            self.checkpoint_due |= self.step % self.checkpoint_interval == 0
+            bar.advance(config.data.batch)
+            if self.step % LOOK_EVERY == 0:
+                loss, accuracy = self._look()
+                bar.show(label, loss, accuracy, self.density)
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        training, clock = self.session.config.training, self.session.clock
+        forward = self.network if self.updater.recording else self.compiled
+        with clock("forward and backward"):
+            with self._autocast():
+                logits = forward(images)
+                loss = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
+            with torch.no_grad():
+                correct = (logits.argmax(1) == labels).sum()
+                self.sums += torch.stack(
+                    [loss * len(labels), correct, loss.new_tensor(len(labels))]
+                ).to(self.sums)
+        replaced = self.updater.step()
+        if not replaced:
+            with clock("optimizer"):
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+        self._log_update(replaced)
+
+    def _log_update(self, replaced: bool) -> None:
+        update, clock = self.updater.last, self.session.clock
+        if update is None or update.step != self.step + 1:
+            return
+        clock.add("growth: search", update.search_seconds)
+        clock.add("growth: apply", update.apply_seconds)
+        self.replaced_steps += replaced
+        self.search_flops += update.flops
+        self.session.log(
+            "update",
+            update.step,
+            grown=update.grown,
+            explored=self.updater.explored(),
+            explored_share=self.updater.explored_share(),
+            time={"search": update.search_seconds, "apply": update.apply_seconds},
+        )
+
+    def _look(self) -> tuple[float, float]:
+        """Loss and accuracy of the epoch so far; stops the run when the loss is not finite."""
+        loss, correct, images = self.sums.tolist()
+        if not torch.isfinite(self.sums[0]):
+            folder = self.session.folder
+            raise StoppedError(
+                f"the loss became {loss / images} by step {self.step}: the last checkpoint in "
+                f"{folder} is kept; start again with a lower --lr, --warmup or --amp off"
+            )
+        return loss / images, correct / images
+
+    def _log_epoch(self, epoch: int) -> None:
+        clock, config = self.session.clock, self.session.config
+        loss, accuracy = self._reduced_look()
+        values: dict[str, Any] = {"train": {"loss": loss, "accuracy": accuracy}}
+        if len(self.data.val):
+            with clock("evaluation"):
+                values["val"] = self.evaluate(self.data.val)
+        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        values["density"] = {row.name: row.alive / row.total for row in density_table(self.model)}
+        values["explored_share"] = self.updater.explored_share()
+        values["skipped_updates"] = self.updater.skipped
+        self.session.log("epoch", self.step, epoch=epoch + 1, **values, time=dict(clock.seconds))
+        val = values.get("val")
+        self.session.console.print(
+            f"epoch {epoch + 1:3d}/{config.training.epochs}  loss {loss:.4f}  "
+            f"train {accuracy:6.2%}" + (f"  val {val['accuracy']:6.2%}" if val else ""),
+            highlight=False,
+        )
+
+    def _reduced_look(self) -> tuple[float, float]:
+        """Over the images of all workers."""
+        if world_size() > 1:
+            torch.distributed.all_reduce(self.sums)
+        return self._look()
+
+    @torch.no_grad()
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Loss and accuracy on a whole split, in order, without augmentation."""
+        self.model.eval()
+        loss, correct = 0.0, 0
+        for images, labels in eval_batches(split, self.data, EVAL_BATCH):
+            images, labels = images.to(self.session.device), labels.to(self.session.device)
+            with self._autocast():
+                logits = self.model(images)
+            loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+            correct += int((logits.argmax(1) == labels).sum())
+        self.model.train()
+        return {"loss": loss / len(split), "accuracy": correct / len(split)}
+
+    def _autocast(self) -> torch.autocast:
+        amp = self.session.config.training.amp
+        dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.session.device.type, dtype, enabled=amp != "off")
+
+    def _save_if_due(self) -> None:
+        # Vectors recorded for an update to come are not kept in a file: wait until it is done.
+        if self.checkpoint_due and not self.updater.holds_records:
+            self._save()
+
+    def _save(self) -> None:
+        self.checkpoint_due = False
+        if self.session.folder is None:
+            return
+        if self.sums[2] > 0:
+            self._look()
+        with self.session.clock("checkpoint"):
+            optimizer_tensors, optimizer_rest = checkpoint.split_optimizer(self.optimizer)
+            updater = self.updater.state_dict()
+            explored = updater.pop("explored")
+            tensors = {
+                **{f"model/{k}": v for k, v in self.model.state_dict().items()},
+                **{f"optimizer/{k}": v for k, v in optimizer_tensors.items()},
+                **{f"explored/{k}": v for k, v in explored.items()},
+                "sums": self.sums,
+            }
+            state = {
+                "step": self.step,
+                "replaced_steps": self.replaced_steps,
+                "search_flops": self.search_flops,
+                "updater": updater,
+                "optimizer": optimizer_rest,
+                "scaler": self.scaler.state_dict(),
+                "compute": self._compute(),
+            }
+            self.session.save(tensors, state)
+
+    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Continue where a checkpoint was made."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {
+                name.removeprefix(prefix): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
+            }
+
+        try:
+            self.model.load_state_dict(part("model/"))
+        except RuntimeError as error:
+            raise InputError(
+                f"the checkpoint does not fit this model: {' '.join(str(error).split())}"
+            ) from None
+        checkpoint.join_optimizer(self.optimizer, part("optimizer/"), state["optimizer"])
+        self.updater.load_state_dict({**state["updater"], "explored": part("explored/")})
+        self.scaler.load_state_dict(state["scaler"])
+        for name, compute in state["compute"].items():
+            layer = self.model.get_submodule(name)
+            assert isinstance(layer, SparseLinear)
+            layer.compute = compute
+        self.sums.copy_(tensors["sums"])
+        self.step = state["step"]
+        self.replaced_steps = state["replaced_steps"]
+        self.search_flops = state["search_flops"]
+        self.session.restore_random(tensors)
+
+    def _compute(self) -> dict[str, str]:
+        """How each sparse linear layer's products are computed: decided once, kept on resume."""
+        return {
+            name: layer.compute
+            for name, layer in self.updater.layers.items()
+            if isinstance(layer, SparseLinear)
+        }
+
+    def finish(self) -> Summary:
+        """Test once, write the report, show the figures."""
+        session, batch = self.session, self.session.config.data.batch
+        with session.clock("evaluation"):
+            test = self.evaluate(self.data.test)
+        cost = training_cost(
+            self.costs, batch * self.step, batch * self.replaced_steps, self.search_flops
+        )
+        inference = [sum(costs) for costs in zip(*self.costs.values(), strict=True)]
+        seconds = session.clock.seconds
+        summary = Summary(
+            test_accuracy=test["accuracy"],
+            test_loss=test["loss"],
+            density=self.density,
+            weights=sum(row.alive for row in density_table(self.model)),
+            dense_weights=sum(row.total for row in density_table(self.model)),
+            inference_flops=2 * inference[0],
+            dense_inference_flops=2 * inference[1],
+            training_flops=cost.flops,
+            dense_training_flops=cost.dense_flops,
+            explored_share=self.updater.explored_share() if self.updater.layers else 1.0,
+            growth_seconds=sum(v for k, v in seconds.items() if k.startswith("growth")),
+            wall_seconds=sum(seconds.values()),
+        )
+        session.log("final", self.step, **dataclasses.asdict(summary))
+        if session.folder is not None:
+            report: Path = write(session.folder)
+            announce(session.console, summary, report)
+        return summary

@@ -1,0 +1,194 @@
+"""The report of a run: figures and plots, made from what its folder holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from dst import tracking
+from dst.config import Config, from_json
+from dst.progress import print_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Lines = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The figures of a finished run.
+
+    density: share of all linear and convolutional weights that is alive. *_flops: of one image
+    forward, and of the whole training. explored_share: R_s, share of the sparse layers'
+    connections that was ever alive. *_seconds: of all attempts of a resumed run together.
+    """
+
+    test_accuracy: float
+    test_loss: float
+    density: float
+    weights: int
+    dense_weights: int
+    inference_flops: int
+    dense_inference_flops: int
+    training_flops: int
+    dense_training_flops: int
+    explored_share: float
+    growth_seconds: float
+    wall_seconds: float
+
+    def rows(self) -> dict[str, str]:
+        """As a table of words."""
+        return {
+            "test accuracy": f"{self.test_accuracy:.2%}",
+            "density in weights": f"{self.density:.4f} ({self.weights:,} of {self.dense_weights:,})",
+            "inference FLOPs": _against(self.inference_flops, self.dense_inference_flops),
+            "training FLOPs": _against(self.training_flops, self.dense_training_flops),
+            "connections ever explored (R_s)": f"{self.explored_share:.2%}",
+            "time in growth": (
+                f"{self.growth_seconds:.2f} s "
+                f"({self.growth_seconds / max(1e-9, self.wall_seconds):.2%} of the wall time)"
+            ),
+            "wall time": f"{self.wall_seconds:.1f} s",
+        }
+
+
+def announce(console: Console, summary: Summary, report: Path) -> None:
+    """The last words of a run."""
+    print_rows(console, "Result", summary.rows())
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+def write(folder: Path) -> Path:
+    """Make ``report.md`` and its plots from ``config.json`` and ``metrics.jsonl``; its path.
+
+    Raises InputError for a config that cannot be read, ValueError for a run that is not finished.
+    """
+    config = from_json(folder / "config.json")
+    lines = tracking.read(folder)
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    updates = [line for line in lines if line["kind"] == "update"]
+    finals = [line for line in lines if line["kind"] == "final"]
+    if not finals:
+        raise ValueError(f"the run in {folder} is not finished")
+    final = {k: v for k, v in finals[-1].items() if k not in ("kind", "step")}
+    summary = Summary(**final)
+    plots = {
+        "loss and accuracy": _plot(folder, "accuracy.png", 2, lambda a: _curves(a, epochs)),
+        "density per layer": _plot(folder, "density.png", 1, lambda a: _density(a, epochs)),
+    }
+    if updates:
+        plots["explored connections"] = _plot(
+            folder, "explored.png", 1, lambda a: _explored(a, updates)
+        )
+        plots["connections changed per update"] = _plot(
+            folder, "changed.png", 1, lambda a: _changed(a, updates)
+        )
+    plots["where the time went"] = _plot(folder, "time.png", 1, lambda a: _time(a, epochs))
+    report = folder / "report.md"
+    report.write_text(_markdown(config, summary, updates, plots))
+    return report
+
+
+def _markdown(config: Config, summary: Summary, updates: Lines, plots: dict[str, str]) -> str:
+    parts = [
+        f"# {config.run.name}\n",
+        f"{config.method} · {config.model} · {config.data.data} · density {summary.density:.4f} · "
+        f"{config.training.epochs} epochs · seed {config.run.seed}\n",
+        "The accuracy is that of the last epoch, measured once on the test split; nothing was "
+        "chosen on it.\n",
+        "| | |\n|---|---|",
+        *(f"| {name} | {value} |" for name, value in summary.rows().items()),
+    ]
+    if updates:
+        seconds = sum(sum(line["time"].values()) for line in updates)
+        parts.append(
+            f"| topology updates | {len(updates)}, {1000 * seconds / len(updates):.1f} ms each |"
+        )
+    for title, file in plots.items():
+        parts.append(f"\n## {title.capitalize()}\n\n![{title}]({file})")
+    parts.append("\nAll settings: [config.json](config.json); all figures: "
+                 "[metrics.jsonl](metrics.jsonl).")  # fmt: skip
+    return "\n".join(parts) + "\n"
+
+
+def _plot(folder: Path, name: str, panels: int, draw: Callable[[list[Axes]], None]) -> str:
+    # Not pyplot: no global state, no display, safe inside anybody's process.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * panels + 2.5, 4), layout="constrained")
+    draw(list(figure.subplots(1, panels, squeeze=False)[0]))
+    figure.savefig(folder / name, dpi=120)
+    return name
+
+
+def _curves(axes: list[Axes], epochs: Lines) -> None:
+    at = [line["epoch"] for line in epochs]
+    for axis, what in zip(axes, ("loss", "accuracy"), strict=True):
+        for split in ("train", "val"):
+            if all(split in line for line in epochs):
+                axis.plot(at, [line[split][what] for line in epochs], marker=".", label=split)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(what)
+        axis.grid(alpha=0.3)
+        axis.legend()
+
+
+def _density(axes: list[Axes], epochs: Lines) -> None:
+    densities = epochs[-1]["density"]
+    axis = axes[0]
+    axis.barh(range(len(densities)), list(densities.values()))
+    axis.set_yticks(range(len(densities)), list(densities), fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("share of the weights alive at the end")
+    axis.grid(alpha=0.3, axis="x")
+
+
+def _explored(axes: list[Axes], updates: Lines) -> None:
+    axis = axes[0]
+    at = [line["step"] for line in updates]
+    for name in updates[-1]["explored"]:
+        axis.plot(at, [line["explored"][name] for line in updates], color="0.75", linewidth=0.8)
+    axis.plot(at, [line["explored_share"] for line in updates], marker=".", label="all layers")
+    axis.plot([], [], color="0.75", label="each layer")
+    axis.set_xlabel("step")
+    axis.set_ylabel("share of connections ever alive (R_s)")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _changed(axes: list[Axes], updates: Lines) -> None:
+    axis = axes[0]
+    at = [line["step"] for line in updates]
+    axis.bar(at, [sum(line["grown"].values()) for line in updates], width=0.7 * at[0])
+    axis.set_xlabel("step")
+    axis.set_ylabel("connections newly grown")
+    axis.grid(alpha=0.3, axis="y")
+
+
+def _time(axes: list[Axes], epochs: Lines) -> None:
+    seconds = dict(sorted(epochs[-1]["time"].items(), key=lambda item: item[1]))
+    total = sum(seconds.values())
+    axis = axes[0]
+    bars = axis.barh(list(seconds), list(seconds.values()))
+    axis.bar_label(bars, [f"{value / total:.1%}" for value in seconds.values()], padding=3)
+    axis.set_xlabel("seconds")
+    axis.margins(x=0.15)
+
+
+def _against(flops: int, dense: int) -> str:
+    return f"{flops / max(1, dense):.3f} of dense ({_readable(flops)} of {_readable(dense)})"
+
+
+def _readable(flops: float) -> str:
+    for unit in ("", "K", "M", "G", "T", "P"):
+        if flops < 1000:
+            return f"{flops:.3g} {unit}FLOP"
+        flops /= 1000
+    return f"{flops:.3g} EFLOP"

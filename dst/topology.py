@@ -1,0 +1,222 @@
+"""Which blocks of a weight are alive; the only place that changes it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from growth import Grid, InputError
+from triton_kernels import Layout
+
+
+class Change(NamedTuple):
+    """An edit of one layer's topology: sorted int64 keys row * n_cols + col, in blocks.
+
+    A key in both is reset in place. flops: what finding it cost.
+    """
+
+    dropped: Tensor
+    grown: Tensor
+    flops: int = 0
+
+
+class Topology(nn.Module):
+    """The alive blocks of a weight of n_out rows and taps x channels columns.
+
+    Kept sorted by row and, transposed, by column; each block knows its *slot*, its place in the
+    layer's ``values``. An edit never moves a block to another slot.
+
+    grid: sizes in blocks. capacity: number of slots. row_offsets, cols, slots and col_offsets,
+    rows_t, slots_t: see :class:`triton_kernels.Layout`.
+    """
+
+    row_offsets: Tensor
+    cols: Tensor
+    slots: Tensor
+    col_offsets: Tensor
+    rows_t: Tensor
+    slots_t: Tensor
+
+    def __init__(self, grid: Grid, keys: Tensor, capacity: int | None = None) -> None:
+        """keys: the alive blocks, 1-D integer, any order. capacity: as many as alive by default.
+
+        Raises InputError on duplicate keys, keys out of range, or more keys than capacity.
+        """
+        super().__init__()
+        keys = keys.to(torch.int64).sort().values
+        self.grid = grid
+        self.capacity = keys.numel() if capacity is None else capacity
+        for name in ("row_offsets", "cols", "slots"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.int32))
+        for name in ("col_offsets", "rows_t", "slots_t"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.int32), persistent=False)
+        self._set(keys, torch.arange(keys.numel(), device=keys.device))
+
+    @property
+    def alive(self) -> int:
+        """Number of alive blocks."""
+        return self.cols.numel()
+
+    @property
+    def layout(self) -> Layout:
+        """What the products take."""
+        grid = self.grid
+        return Layout(
+            self.row_offsets,
+            self.cols,
+            self.slots,
+            self.col_offsets,
+            self.rows_t,
+            self.slots_t,
+            grid.n_out,
+            grid.taps,
+            grid.channels,
+        )
+
+    def rows(self) -> Tensor:
+        """Block row of every alive block, int64 (alive,), in canonical order."""
+        index = torch.arange(self.grid.n_rows, device=self.cols.device)
+        return index.repeat_interleave(self.row_offsets.diff(), output_size=self.alive)
+
+    def keys(self) -> Tensor:
+        """Keys of the alive blocks, sorted, int64 (alive,)."""
+        return self.rows() * self.grid.n_cols + self.cols
+
+    def free_slots(self) -> Tensor:
+        """Slots that hold no block, ascending, int64."""
+        free = torch.ones(self.capacity, dtype=torch.bool, device=self.slots.device)
+        free[self.slots.long()] = False
+        return free.nonzero().squeeze(1)
+
+    def sizes(self) -> Tensor:
+        """Weights that each alive block really holds, without the padding; int64 (alive,)."""
+        grid = self.grid
+        heights = (grid.n_out - self.rows() * grid.block[0]).clamp_(max=grid.block[0])
+        return heights * self._widths()
+
+    def fan_in(self) -> Tensor:
+        """Alive weights of every output, int64 (n_out,)."""
+        per_row = torch.zeros(self.grid.n_rows, dtype=torch.int64, device=self.cols.device)
+        per_row.index_add_(0, self.rows(), self._widths())
+        return per_row.repeat_interleave(self.grid.block[0])[: self.grid.n_out]
+
+    def _widths(self) -> Tensor:
+        grid = self.grid
+        at = self.cols.long() % (grid.n_cols // grid.taps) * grid.block[1]
+        return (grid.channels - at).clamp_(max=grid.block[1])
+
+    def find(self, keys: Tensor) -> Tensor:
+        """Positions of ``keys`` among the alive blocks in canonical order.
+
+        Raises InputError where one is not alive.
+        """
+        own = self.keys()
+        at = torch.searchsorted(own, keys)
+        if keys.numel() and (own.numel() == 0 or bool((own[at.clamp(max=own.numel() - 1)] != keys).any())):
+            raise InputError("a connection to drop is not alive")
+        return at
+
+    def edit(self, change: Change) -> tuple[Tensor, Tensor]:
+        """Drop and grow; returns (slots that hold grown blocks, slots that fell free), int64.
+
+        Grown blocks, in key order, take the lowest slots among those dropped and those free. All
+        slots returned must be reset by the caller. Raises InputError, and changes nothing, when a
+        dropped block is not alive, a grown one is, keys repeat, or the capacity does not suffice.
+        """
+        keys, slots = self.keys(), self.slots.long()
+        dropped = self.find(change.dropped.to(keys.device))
+        keep = torch.ones(keys.numel(), dtype=torch.bool, device=keys.device)
+        keep[dropped] = False
+        if int(keep.sum()) != keys.numel() - dropped.numel():
+            raise InputError("a connection is dropped twice: keys must be unique")
+        pool = torch.cat([slots[~keep], self.free_slots()]).sort().values
+        grown = change.grown.to(keys.device)
+        if grown.numel() > pool.numel():
+            raise InputError(
+                f"cannot grow {grown.numel()} blocks into {pool.numel()} free slots: "
+                "resize the layer first"
+            )
+        taken = pool[: grown.numel()]
+        keys, order = torch.cat([keys[keep], grown]).sort()
+        self._set(keys, torch.cat([slots[keep], taken])[order])
+        return taken, pool[grown.numel() :]
+
+    def resize(self, capacity: int) -> None:
+        """Another number of slots. Blocks keep theirs if all fit, and else take the lowest in key
+        order. Raises InputError for fewer slots than alive blocks."""
+        if capacity < self.alive:
+            raise InputError(f"capacity {capacity} is less than the {self.alive} alive blocks")
+        keys, slots = self.keys(), self.slots.long()
+        if self.alive and int(slots.max()) >= capacity:
+            slots = torch.arange(self.alive, device=slots.device)
+        self.capacity = capacity
+        self._set(keys, slots)
+
+    def _set(self, keys: Tensor, slots: Tensor) -> None:
+        """keys: sorted. Rebuilds both orders, or raises InputError and changes nothing."""
+        grid = self.grid
+        if keys.numel() > self.capacity:
+            raise InputError(f"{keys.numel()} alive blocks exceed the capacity {self.capacity}")
+        if keys.numel():
+            if int(keys[0]) < 0 or int(keys[-1]) >= grid.size:
+                raise InputError(
+                    f"keys must lie in [0, {grid.size}) for {grid.n_rows} x {grid.n_cols} blocks, "
+                    f"not {int(keys[0])}..{int(keys[-1])}"
+                )
+            if not bool((keys[1:] > keys[:-1]).all()):
+                raise InputError("a connection is alive twice: keys must be unique")
+        widest = max(grid.n_rows, grid.n_cols, self.capacity)
+        dtype = torch.int32 if widest < 2**31 else torch.int64
+        rows, cols = keys // grid.n_cols, keys % grid.n_cols
+        by_column = (cols * grid.n_rows + rows).argsort()
+        self.row_offsets = _offsets(rows, grid.n_rows, dtype)
+        self.cols, self.slots = cols.to(dtype), slots.to(dtype)
+        self.col_offsets = _offsets(cols, grid.n_cols, dtype)
+        self.rows_t, self.slots_t = rows[by_column].to(dtype), self.slots[by_column]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Another topology of the same grid loads whatever its count, up to the capacity."""
+        _, _, missing, _, errors = args
+        try:
+            offsets, cols, slots = (
+                state_dict[prefix + name].to(self.cols.device, torch.int64)
+                for name in ("row_offsets", "cols", "slots")
+            )
+        except KeyError as error:
+            missing.append(error.args[0])
+            return
+        try:
+            self._load(offsets, cols, slots)
+        except InputError as error:
+            errors.append(f"{prefix[:-1]}: {error}")
+
+    def _load(self, offsets: Tensor, cols: Tensor, slots: Tensor) -> None:
+        grid = self.grid
+        if offsets.numel() != grid.n_rows + 1 or bool((offsets.diff() < 0).any()):
+            raise InputError(f"the offsets are not those of {grid.n_rows} block rows")
+        if int(offsets[0]) != 0 or int(offsets[-1]) != cols.numel() or cols.numel() != slots.numel():
+            raise InputError("offsets, columns and slots do not belong together")
+        if bool(((cols < 0) | (cols >= grid.n_cols)).any()):
+            raise InputError(f"columns must lie in [0, {grid.n_cols})")
+        if bool(((slots < 0) | (slots >= self.capacity)).any()) or slots.unique().numel() != len(
+            slots
+        ):
+            raise InputError(f"slots must be unique and lie in [0, {self.capacity})")
+        rows = torch.arange(grid.n_rows, device=cols.device).repeat_interleave(offsets.diff())
+        self._set(rows * grid.n_cols + cols, slots)
+
+    def extra_repr(self) -> str:
+        grid = self.grid
+        return (
+            f"{self.alive} of {grid.n_rows} x {grid.n_cols} blocks of {grid.block}, "
+            f"capacity {self.capacity}"
+        )
+
+
+def _offsets(index: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Sorted or unsorted indices -> offsets (count + 1,) of their runs once sorted."""
+    offsets = torch.zeros(count + 1, dtype=torch.int64, device=index.device)
+    offsets[1:] = torch.bincount(index, minlength=count).cumsum(0)
+    return offsets.to(dtype)

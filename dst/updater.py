@@ -1,0 +1,208 @@
+"""Runs a method's plan on the layers of a model and on the optimizer's state."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from dst.distributed import ReducedPairs, check_agreement, everywhere, world_size
+from dst.layers import SparseLayer, sparse_layers
+from dst.methods.base import Method, Unchanging
+from dst.optimizer_state import reset_slots
+from dst.topology import Change
+from growth import InputError, Pairs, Recorder
+
+
+class Update(NamedTuple):
+    """One topology update. grown: blocks newly grown in each layer. seconds: wall time of the
+    search and of the edits. flops: of the search."""
+
+    step: int
+    grown: dict[str, int]
+    search_seconds: float
+    apply_seconds: float
+    flops: int
+
+
+@dataclass
+class _Explored:
+    """Every key that was ever alive in a layer, sorted."""
+
+    keys: Tensor = field(repr=False)
+
+    def add(self, keys: Tensor) -> None:
+        self.keys = torch.cat([self.keys, keys]).unique()
+
+
+class TopologyUpdater:
+    """Keeps the topology of a model changing while anybody's loop trains it.
+
+        updater = TopologyUpdater(model, optimizer, method)
+        ...
+        loss.backward()
+        if not updater.step():
+            optimizer.step()
+
+    Call ``step`` once for every optimizer step, after the backward passes of all its
+    micro-batches. It returns True where the update takes the place of the optimizer's step (RigL).
+    Recording is switched on by itself before the forward passes whose vectors the next update
+    needs; a model compiled by ``torch.compile`` must be run eagerly while ``recording`` is true.
+
+    With a ``GradScaler``, pass it, and guard both of its calls:
+
+        if not updater.step():
+            scaler.step(optimizer)
+            scaler.update()
+
+    A step whose gradients hold inf or NaN, which the scaler skips, skips its update as well.
+
+    Raises InputError when the method updates and the model has no sparse layer, or when the
+    optimizer does not hold the layers' values (it was built before ``sparsify``).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        method: Method,
+        *,
+        scaler: GradScaler | None = None,
+    ) -> None:
+        model = getattr(model, "_orig_mod", model)
+        self.layers: dict[str, SparseLayer] = sparse_layers(model)
+        if not self.layers and not isinstance(method, Unchanging):
+            raise InputError(
+                f"{type(model).__name__} has no sparse layer to update: call sparsify on it first"
+            )
+        self.optimizer, self.method = optimizer, method
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, layer in self.layers.items():
+            if id(layer.values) not in held:
+                raise InputError(
+                    f"the optimizer does not hold the values of layer {name!r}: build it after "
+                    "sparsify"
+                )
+        scale = None if scaler is None else scaler.get_scale
+        self._recorder = Recorder(model, self.layers, loss_scale=scale)
+        self.steps = 0
+        self.skipped = 0
+        self.last: Update | None = None
+        self._explored = {
+            name: _Explored(layer.topology.keys()) for name, layer in self.layers.items()
+        }
+        self._arm()
+
+    @property
+    def recording(self) -> bool:
+        """Whether the coming forward passes are recorded."""
+        return self._recorder.recording
+
+    @property
+    def holds_records(self) -> bool:
+        """Whether vectors of past steps wait for the next update; no checkpoint keeps them."""
+        return not self._recorder.empty
+
+    def step(self) -> bool:
+        """Count a step and update the topology where one is due; see the class."""
+        self.steps += 1
+        updated = False
+        if self.method.due(self.steps):
+            records = self._records()
+            if self._all_finite(records):
+                self._update(records)
+                updated = True
+            else:
+                self.skipped += 1
+            self._recorder.clear()
+        self._arm()
+        return updated and self.method.skips_step
+
+    def explored(self) -> dict[str, float]:
+        """Share of each layer's connections that were ever alive, in blocks: R_s of in-time
+        over-parameterisation (Liu et al. 2021)."""
+        return {
+            name: self._explored[name].keys.numel() / layer.topology.grid.size
+            for name, layer in self.layers.items()
+        }
+
+    def explored_share(self) -> float:
+        """R_s over all sparse layers together."""
+        ever = sum(explored.keys.numel() for explored in self._explored.values())
+        return ever / max(1, sum(layer.topology.grid.size for layer in self.layers.values()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the model and the optimizer."""
+        if self.holds_records:
+            raise RuntimeError("vectors of past steps wait for an update: save after it")
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "explored": {name: explored.keys for name, explored in self._explored.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the model first."""
+        if set(state["explored"]) != set(self.layers):
+            raise InputError(
+                "the checkpoint's sparse layers are not those of this model: "
+                f"{sorted(set(state['explored']) ^ set(self.layers))} differ"
+            )
+        self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
+        for name, keys in state["explored"].items():
+            device = self.layers[name].topology.cols.device
+            self._explored[name] = _Explored(keys.to(device, torch.int64))
+        self._recorder.clear()
+        self._arm()
+
+    def _arm(self) -> None:
+        if self.method.recording(self.steps + 1):
+            self._recorder.start()
+        else:
+            self._recorder.stop()
+
+    def _records(self) -> dict[str, Pairs]:
+        records = self._recorder.records()
+        if world_size() == 1:
+            return records
+        return {name: ReducedPairs(pairs) for name, pairs in records.items()}
+
+    def _all_finite(self, records: dict[str, Pairs]) -> bool:
+        device = next(iter(self.layers.values())).values.device
+        # Of all parameters: a GradScaler skips the step for any one of them.
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
+        finite = all(bool(g.isfinite().all()) for g in gradients if g is not None)
+        return everywhere(finite, device) and all(p.is_finite() for p in records.values())
+
+    def _update(self, records: dict[str, Pairs]) -> None:
+        start = time.perf_counter()
+        changes = self.method.plan(self.layers, records, self.steps)
+        searched = time.perf_counter()
+        check_agreement(changes, next(iter(self.layers.values())).values.device)
+        for name, change in changes.items():
+            self._apply(name, change)
+        self.last = Update(
+            self.steps,
+            {name: change.grown.numel() for name, change in changes.items()},
+            searched - start,
+            time.perf_counter() - searched,
+            sum(change.flops for change in changes.values()),
+        )
+
+    @torch.no_grad()
+    def _apply(self, name: str, change: Change) -> None:
+        layer = self.layers[name]
+        taken, freed = layer.topology.edit(change)
+        slots = torch.cat([taken, freed])
+        layer.values[freed] = 0
+        layer.values[taken] = self.method.initial_blocks(layer, name, taken, self.steps)
+        if layer.values.grad is not None:
+            # The gradient in these slots is that of the connections that were dropped.
+            layer.values.grad[slots] = 0
+        reset_slots(self.optimizer, layer.values, slots)
+        self._explored[name].add(change.grown.to(layer.topology.cols.device))

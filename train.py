@@ -1,0 +1,99 @@
+"""Train a sparse network: ``python train.py --help``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+import re
+import sys
+from pathlib import Path
+
+import tyro
+
+from dst.config import Config, from_json
+from dst.errors import StoppedError
+from dst.training import run
+from growth import InputError
+
+# What may differ between a run and its continuation.
+CHANGES_ON_RESUME = {"resume", "device", "workers", "threads", "wandb"}
+
+
+def main() -> None:
+    logging.basicConfig(format="%(message)s")
+    try:
+        run(parse(sys.argv[1:]))
+    except InputError as error:
+        fail(str(error), 2)
+    except StoppedError as error:
+        fail(str(error), 1)
+
+
+def parse(argv: list[str]) -> Config:
+    """Flags on top of the defaults, of ``--config FILE``, or of the run that ``--resume`` names."""
+    config = parse_flags(argv, Config())
+    if config.run.resume is not None:
+        folder = Path(config.run.resume)
+        if not (folder / "config.json").is_file():
+            raise InputError(f"cannot resume {folder}: it is not the folder of a run")
+        stored = from_json(folder / "config.json")
+        config = parse_flags(argv, stored)
+        changed = differences(dataclasses.asdict(stored), dataclasses.asdict(config))
+        if forbidden := sorted(changed - CHANGES_ON_RESUME):
+            raise InputError(
+                f"--resume continues {folder} as it was: it cannot change {', '.join(forbidden)}; "
+                f"for a new run use --config {folder / 'config.json'}"
+            )
+    elif config.run.config is not None:
+        stored = from_json(config.run.config)
+        # The stored name is that of the run it came from.
+        config = parse_flags(argv, dataclasses.replace(stored, run=dataclasses.replace(stored.run, name=None)))
+    return config
+
+
+def parse_flags(argv: list[str], default: Config) -> Config:
+    """What tyro makes of the flags; its complaints, a box of several lines, become one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(Config, args=boolean_flags(argv), default=default)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        words = re.sub(r"[^\x20-\x7e]+|-{3,}", " ", complaint.getvalue())
+        words = re.sub(r"\s*For full helptext.*", "", " ".join(words.split()))
+        raise InputError(words) from None
+
+
+def boolean_flags(argv: list[str]) -> list[str]:
+    """``--x=true`` and ``--x true``, as W&B sweeps pass them, to tyro's ``--x`` and ``--no-x``."""
+    flags: list[str] = []
+    for word in argv:
+        flag, _, value = word.rpartition("=")
+        if value.lower() in ("true", "false") and (flag or (flags and flags[-1].startswith("--"))):
+            flag = flag or flags.pop()
+            flags.append(flag if value.lower() == "true" else re.sub(r"^--(.*\.)?", r"--\1no-", flag))
+        else:
+            flags.append(word)
+    return flags
+
+
+def differences(old: dict, new: dict) -> set[str]:
+    changed = set()
+    for name, value in old.items():
+        if isinstance(value, dict):
+            changed |= differences(value, new[name])
+        elif value != new[name]:
+            changed.add(name)
+    return changed
+
+
+def fail(message: str, status: int) -> None:
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
