@@ -8,7 +8,9 @@ import io
 import logging
 import re
 import sys
+import typing
 from pathlib import Path
+from typing import Any, NoReturn
 
 import tyro
 
@@ -49,7 +51,8 @@ def parse(argv: list[str]) -> Config:
     elif config.run.config is not None:
         stored = from_json(config.run.config)
         # The stored name is that of the run it came from.
-        config = parse_flags(argv, dataclasses.replace(stored, run=dataclasses.replace(stored.run, name=None)))
+        unnamed = dataclasses.replace(stored.run, name=None)
+        config = parse_flags(argv, dataclasses.replace(stored, run=unnamed))
     return config
 
 
@@ -68,19 +71,36 @@ def parse_flags(argv: list[str], default: Config) -> Config:
 
 
 def boolean_flags(argv: list[str]) -> list[str]:
-    """``--x=true`` and ``--x true``, as W&B sweeps pass them, to tyro's ``--x`` and ``--no-x``."""
+    """``--x=true`` and ``--x true``, as W&B sweeps pass them, in the words that tyro expects:
+    ``--x`` and ``--no-x``, or True and False where the option may also be left open."""
+    kinds = option_types(Config)
     flags: list[str] = []
     for word in argv:
         flag, _, value = word.rpartition("=")
-        if value.lower() in ("true", "false") and (flag or (flags and flags[-1].startswith("--"))):
-            flag = flag or flags.pop()
-            flags.append(flag if value.lower() == "true" else re.sub(r"^--(.*\.)?", r"--\1no-", flag))
-        else:
+        if not flag and flags:
+            flag = flags[-1]
+        kind = kinds.get(flag.removeprefix("--").replace("-", "_"))
+        if value.lower() not in ("true", "false") or kind not in (bool, bool | None):
             flags.append(word)
+            continue
+        if "=" not in word:
+            flags.pop()
+        if kind is bool:
+            flags.append(flag if value.lower() == "true" else f"--no-{flag[2:]}")
+        else:
+            flags += [flag, value.capitalize()]
     return flags
 
 
-def differences(old: dict, new: dict) -> set[str]:
+def option_types(kind: Any) -> dict[str, object]:
+    """Type of every option by its field's name."""
+    types: dict[str, object] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        types.update(option_types(hint) if dataclasses.is_dataclass(hint) else {name: hint})
+    return types
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
     changed = set()
     for name, value in old.items():
         if isinstance(value, dict):
@@ -90,7 +110,7 @@ def differences(old: dict, new: dict) -> set[str]:
     return changed
 
 
-def fail(message: str, status: int) -> None:
+def fail(message: str, status: int) -> NoReturn:
     print(f"train.py: {message}", file=sys.stderr)
     sys.exit(status)
 

@@ -110,9 +110,9 @@ class UpdateConfig:
     """Whether a connection dropped in an update may be grown in the same one."""
     keep_regrown: bool = True
     """Whether such a one keeps its value and optimizer state."""
-    grown_init: Annotated[str, arg(help=f"Weight of a grown connection: {_names(GROWN_INITS)}.")] = (
-        "zero"
-    )
+    grown_init: Annotated[
+        str, arg(help=f"Weight of a grown connection: {_names(GROWN_INITS)}.")
+    ] = "zero"
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,9 @@ class DataConfig:
     """Training images held out for validation; 0: none."""
     split_seed: int = 0
     """Seed of the split, apart from the run's seed."""
-    augment: Annotated[str, arg(help=f"Augmentation: {_names(AUGMENTATIONS)}; auto: the usual.")] = (
-        "auto"
-    )
+    augment: Annotated[
+        str, arg(help=f"Augmentation: {_names(AUGMENTATIONS)}; auto: the usual.")
+    ] = "auto"
     batch: int = 128
     """Images per step, over all workers of a torchrun together."""
     workers: int = 0
@@ -230,7 +230,9 @@ def check(config: Config) -> None:
         )
     if entry.growths and block != (1, 1):
         if growth.strategy == "faiss":
-            raise InputError(f"growth faiss searches single neurons, not blocks of {block}: use exact")
+            raise InputError(
+                f"growth faiss searches single neurons, not blocks of {block}: use exact"
+            )
         if growth.metric != "abs-ip":
             raise InputError(f"metric {growth.metric} compares single neurons: use --block 1")
     if growth.metric != "abs-ip" and config.method != "similarity" and entry.sparse:
@@ -334,7 +336,9 @@ def parse_shares(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise InputError(f"{text!r} must be numbers separated by commas, such as 0.5,0.75") from None
+        raise InputError(
+            f"{text!r} must be numbers separated by commas, such as 0.5,0.75"
+        ) from None
 
 
 def parse_skip(text: str) -> tuple[str, ...] | None:

@@ -90,9 +90,7 @@ def sparsify(
     _check_convertible(model, candidates)
     grids = {name: _grid(layer, block) for name, layer in candidates.items()}
     small = [
-        name
-        for name, grid in grids.items()
-        if grid.n_out < block[0] or grid.channels < block[1]
+        name for name, grid in grids.items() if grid.n_out < block[0] or grid.channels < block[1]
     ]
     if len(small) == len(candidates):
         raise InputError(
@@ -102,7 +100,9 @@ def sparsify(
     if small:
         _log.warning("smaller than one block of %s, kept dense: %s", block, ", ".join(small))
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-    sparse = {name: shape for name, shape in shapes.items() if name in candidates and name not in small}
+    sparse = {
+        name: shape for name, shape in shapes.items() if name in candidates and name not in small
+    }
     dense = {name: shape for name, shape in shapes.items() if name not in sparse}
     densities = DISTRIBUTIONS[distribution](sparse, dense, density)
 
@@ -124,8 +124,10 @@ def sparsify(
 def densify(model: nn.Module) -> nn.Module:
     """Replace every sparse layer of ``model``, in place, by ``nn.Linear`` or ``nn.Conv2d`` with
     zeros where nothing is alive. Returns the model; see :func:`sparsify`."""
-    replacements = {layer: _dense_twin(layer) for layer in sparse_layers(model).values()}
-    return _swap(model, dict(replacements))
+    replacements: dict[nn.Module, nn.Module] = {
+        layer: _dense_twin(layer) for layer in sparse_layers(model).values()
+    }
+    return _swap(model, replacements)
 
 
 def density_table(model: nn.Module) -> list[LayerDensity]:
@@ -154,7 +156,8 @@ def _dense_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, nn.Conv2d)  # subclasses use their weight in ways of their own
+        if type(module)
+        in (nn.Linear, nn.Conv2d)  # subclasses use their weight in ways of their own
     }
 
 
@@ -216,7 +219,9 @@ def _sparse_twin(
             layer.out_channels,
             (layer.kernel_size[0], layer.kernel_size[1]),
             (layer.stride[0], layer.stride[1]),
-            layer.padding if isinstance(layer.padding, str) else (layer.padding[0], layer.padding[1]),
+            layer.padding
+            if isinstance(layer.padding, str)
+            else (layer.padding[0], layer.padding[1]),
             (layer.dilation[0], layer.dilation[1]),
             bias=bias,
             keys=keys,

@@ -10,12 +10,16 @@ from growth import InputError
 Shape = tuple[int, ...]
 
 
-def uniform(sparse: Mapping[str, Shape], dense: Mapping[str, Shape], density: float) -> dict[str, float]:
+def uniform(
+    sparse: Mapping[str, Shape], dense: Mapping[str, Shape], density: float
+) -> dict[str, float]:
     """Every sparse layer at ``density``, whatever is kept dense besides."""
     return dict.fromkeys(sparse, density)
 
 
-def erdos_renyi(sparse: Mapping[str, Shape], dense: Mapping[str, Shape], density: float) -> dict[str, float]:
+def erdos_renyi(
+    sparse: Mapping[str, Shape], dense: Mapping[str, Shape], density: float
+) -> dict[str, float]:
     """ER (Mocanu et al. 2018): density in proportion to (n_in + n_out) / (n_in n_out)."""
     raw = {name: (shape[0] + shape[1]) / (shape[0] * shape[1]) for name, shape in sparse.items()}
     return _solve(raw, sparse, dense, density)

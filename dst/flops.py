@@ -31,7 +31,9 @@ def layer_costs(model: nn.Module, example: Tensor) -> dict[str, LayerCost]:
         def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             positions = output.numel() // n_out // example.shape[0]
             before = costs.get(name, LayerCost(0, 0))
-            costs[name] = LayerCost(before.sparse + positions * alive, before.dense + positions * total)
+            costs[name] = LayerCost(
+                before.sparse + positions * alive, before.dense + positions * total
+            )
 
         return count
 
@@ -70,6 +72,4 @@ def training_cost(
     is RigL's (3 f_S Delta T + 2 f_S + f_D) / (Delta T + 1)."""
     sparse = 2 * sum(cost.sparse for cost in costs.values())
     dense = 2 * sum(cost.dense for cost in costs.values())
-    return TrainingCost(
-        sparse * (3 * images - skipped_images) + search_flops, 3 * dense * images
-    )
+    return TrainingCost(sparse * (3 * images - skipped_images) + search_flops, 3 * dense * images)

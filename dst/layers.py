@@ -56,7 +56,9 @@ class SparseLayer(nn.Module):
             self.values.copy_(self.random_blocks(torch.arange(self.values.shape[0]), generator))
             if self.bias is not None:
                 bound = self.topology.fan_in().clamp(min=1).rsqrt()
-                self.bias.copy_((2 * torch.rand(bound.shape, generator=generator) - 1).to(bound) * bound)
+                self.bias.copy_(
+                    (2 * torch.rand(bound.shape, generator=generator) - 1).to(bound) * bound
+                )
 
     def random_blocks(self, slots: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(len(slots), bh, bw) fresh weights for blocks in these slots, zero where a slot is free

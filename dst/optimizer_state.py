@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,16 +91,16 @@ def _fresh_state(optimizer: Optimizer, values: nn.Parameter) -> dict[str, Tensor
     group = next(g for g in optimizer.param_groups if any(p is values for p in g["params"]))
     block = nn.Parameter(torch.zeros_like(values[:1]))
     block.grad = torch.zeros_like(block)
+    # Adagrad starts its accumulator from the argument, whatever the group says.
+    accepted = inspect.signature(type(optimizer)).parameters
+    settings = {k: v for k, v in group.items() if k in accepted and k != "params"}
+    build: Any = type(optimizer)
     try:
-        twin = type(optimizer)([{**group, "params": [block]}])
+        twin = build([{**group, "params": [block]}], **settings)
         twin.step()
     except (TypeError, ValueError, RuntimeError):
         return {}
-    return {
-        name: state
-        for name, state in twin.state[block].items()
-        if _is_per_block(state, block)
-    }
+    return {name: state for name, state in twin.state[block].items() if _is_per_block(state, block)}
 
 
 def _flat_state(optimizer: Optimizer, values: nn.Parameter) -> Iterator[tuple[Tensor, int]]:

@@ -114,7 +114,9 @@ class Topology(nn.Module):
         """
         own = self.keys()
         at = torch.searchsorted(own, keys)
-        if keys.numel() and (own.numel() == 0 or bool((own[at.clamp(max=own.numel() - 1)] != keys).any())):
+        if keys.numel() and (
+            own.numel() == 0 or bool((own[at.clamp(max=own.numel() - 1)] != keys).any())
+        ):
             raise InputError("a connection to drop is not alive")
         return at
 
@@ -196,7 +198,11 @@ class Topology(nn.Module):
         grid = self.grid
         if offsets.numel() != grid.n_rows + 1 or bool((offsets.diff() < 0).any()):
             raise InputError(f"the offsets are not those of {grid.n_rows} block rows")
-        if int(offsets[0]) != 0 or int(offsets[-1]) != cols.numel() or cols.numel() != slots.numel():
+        if (
+            int(offsets[0]) != 0
+            or int(offsets[-1]) != cols.numel()
+            or cols.numel() != slots.numel()
+        ):
             raise InputError("offsets, columns and slots do not belong together")
         if bool(((cols < 0) | (cols >= grid.n_cols)).any()):
             raise InputError(f"columns must lie in [0, {grid.n_cols})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from growth import InputError, MissingLibraryError
 
@@ -84,7 +84,7 @@ def start_wandb(
         name=folder.name,
         dir=str(folder),
         config=config,
-        mode=mode,
+        mode=cast(Any, mode),
         id=run_id,
         resume="allow",
     )

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from rich.console import Console
 from dst import tracking
 from dst.config import Config, check, to_json
 from dst.distributed import rank
+from dst.errors import StoppedError
 from dst.recipes import RECIPES
 from dst.recipes.session import CHECKPOINT, Session
 from dst.report import Summary
@@ -48,16 +50,17 @@ def run(config: Config) -> Summary:
             checkpoint=None if resume is None else resume / CHECKPOINT,
             console=Console(quiet=not chief, stderr=False),
         )
-        summary = RECIPES[config.method](session)
-        session.close()
-        return summary
+        return RECIPES[config.method](session)
+    except KeyboardInterrupt:
+        kept = config.run.resume or folder
+        raise StoppedError(f"stopped; go on with --resume {kept}") from None
     except BaseException:
-        if session is not None:
-            session.close(failed=True)
         if folder is not None and config.run.resume is None and _is_untouched(folder):
             shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
+        if session is not None:
+            session.close(failed=sys.exc_info()[0] is not None)
         if joined:
             dist.destroy_process_group()
 

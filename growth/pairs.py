@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from growth.errors import InputError
 
@@ -165,7 +166,7 @@ class ConvPairs(_Recording):
         """Through the convolution library's weight gradient, which never unfolds."""
         dtype = self._dtype()
         size = (stop - start, self.x.shape[1], *self.kernel_size)
-        tile = torch.nn.grad.conv2d_weight(
+        tile = conv2d_weight(
             self.x.to(dtype),
             size,
             self.dz[:, start:stop].to(dtype).contiguous(),

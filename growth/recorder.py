@@ -152,9 +152,9 @@ def record(
 ) -> Iterator[Recorder]:
     """Record (x, dz) of the layers of ``model`` inside the ``with`` block.
 
-        with growth.record(model) as records:
-            criterion(model(x), y).backward()
-        new = growth.Exact()(records["fc1"], count=100, active=keys)
+    with growth.record(model) as records:
+        criterion(model(x), y).backward()
+    new = growth.Exact()(records["fc1"], count=100, active=keys)
     """
     recorder = Recorder(model, layers, loss_scale=loss_scale)
     recorder.start()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class Strategy(Protocol):
     then recorded for it.
     """
 
-    needs_pairs: bool
+    needs_pairs: ClassVar[bool]
 
     def __call__(
         self,

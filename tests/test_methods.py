@@ -1,5 +1,6 @@
 """What holds for every method of ``dst.METHODS``, and what drop and grow promises in particular."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -140,9 +141,11 @@ class _Witness:
             assert len(grown) == expected
 
 
-@pytest.mark.parametrize("keep_regrown", [True, False])
+@pytest.mark.parametrize(
+    ("name", "keep_regrown"),
+    [*((name, True) for name in METHODS), *((name, False) for name in CHANGING)],
+)
 @pytest.mark.parametrize("block", [1, 2])
-@pytest.mark.parametrize("name", METHODS)
 def test_every_method_keeps_its_promises(name: str, block: int, keep_regrown: bool) -> None:
     entry = METHODS[name]
     torch.manual_seed(1)
@@ -151,8 +154,6 @@ def test_every_method_keeps_its_promises(name: str, block: int, keep_regrown: bo
     if isinstance(method, DropGrow):
         method = dataclasses.replace(method, keep_regrown=keep_regrown)
         witness = _Witness(method, model)
-    elif keep_regrown:
-        pytest.skip("this method never changes the topology")
     optimizer = _sgd(model)
     changing = isinstance(method, DropGrow)
     updater = TopologyUpdater(model, optimizer, witness if changing else method)
@@ -434,7 +435,7 @@ def test_updater_resumes_where_it_was_saved() -> None:
     again = _net()
     again.load_state_dict(model.state_dict())
     resumed_optimizer = _sgd(again)
-    resumed_optimizer.load_state_dict(optimizer.state_dict())
+    resumed_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     resumed = updater_of(again, resumed_optimizer)
     resumed.load_state_dict(updater.state_dict())
     assert resumed.recording == updater.recording
@@ -539,8 +540,8 @@ def test_a_gradient_that_is_not_finite_skips_the_update(name: str, where: str) -
 def test_a_compiled_model_runs_eagerly_while_recording_and_sees_every_change() -> None:
     def run(compiled: bool) -> tuple[nn.Module, list[float]]:
         model = _net()
-        # Another compiler than the default, which needs seconds and a C++ compiler.
-        fast = torch.compile(model, backend="aot_eager") if compiled else model
+        # What is at stake is the capture, and not what the default compiler makes of it.
+        fast = torch.compile(model, backend="eager") if compiled else model
         optimizer = _sgd(model)
         updater = TopologyUpdater(fast, optimizer, rigl(UpdateSchedule(3, 20, 0.4)))
         losses = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,7 +151,9 @@ def _(
     )
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: Tensor
+) -> None:
     *tensors, _, kernel, stride, padding, dilation = inputs
     ctx.save_for_backward(*tensors)
     ctx.geometry = (kernel, stride, padding, dilation)  # type: ignore[attr-defined]

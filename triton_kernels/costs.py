@@ -15,7 +15,7 @@ COMPUTE = ("auto", "dense", "sparse")
 
 
 def choose_linear(density: float, dense_bytes: int, device_type: str) -> str:
-    """"sparse" or "dense" for a linear layer of this density.
+    """ "sparse" or "dense" for a linear layer of this density.
 
     dense_bytes: size that the weight would have if it were dense.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -139,7 +141,9 @@ def _(
     )
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: Tensor
+) -> None:
     *tensors, _, ctx.sparse = inputs  # type: ignore[attr-defined]
     ctx.save_for_backward(*tensors)
 

@@ -17,12 +17,12 @@ from growth import InputError, NoVectors, Pairs, Strategy
 
 
 class Method(Protocol):
-    """Decides how the topology of every layer changes; edits nothing itself.
+    """Decides how the topology of every layer changes; edits nothing itself."""
 
-    skips_step: whether an update takes the place of the optimizer's step.
-    """
-
-    skips_step: bool
+    @property
+    def skips_step(self) -> bool:
+        """Whether an update takes the place of the optimizer's step."""
+        ...
 
     def due(self, step: int) -> bool:
         """Whether the topology is updated at this step; steps count from 1."""
@@ -123,7 +123,9 @@ class DropGrow:
             count = min(count, grid.size - topology.alive)
         values = layer.values.detach()[topology.slots.long()]
         if not bool(values.isfinite().all()):
-            raise InputError(f"the weights of layer {name!r} hold NaN or inf: restart from a checkpoint")
+            raise InputError(
+                f"the weights of layer {name!r} hold NaN or inf: restart from a checkpoint"
+            )
         dropping = self.drop(values, count)
         keep = torch.ones(keys.numel(), dtype=torch.bool, device=keys.device)
         keep[dropping] = False

@@ -20,7 +20,7 @@ from dst.data import Dataset, Split, eval_batches, load, steps_per_epoch, train_
 from dst.distributed import rank, world_size
 from dst.drop import CRITERIA
 from dst.errors import StoppedError
-from dst.flops import LayerCost, layer_costs, training_cost
+from dst.flops import layer_costs, training_cost
 from dst.layers import SparseLinear
 from dst.methods import METHODS, DropGrow, Method
 from dst.models import build
@@ -53,13 +53,12 @@ def sparse(session: Session) -> Summary:
     torch.manual_seed(config.run.seed)
     model = _model(config, data).to(device)
     example = torch.zeros(1, data.in_channels, data.image_size, data.image_size, device=device)
-    costs = layer_costs(model, example)
     optimizer = _optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=config.training.amp == "fp16")
     updater = TopologyUpdater(
         model, optimizer, method, scaler=scaler if scaler.is_enabled() else None
     )
-    run = _Run(session, data, model, optimizer, scaler, updater, costs, steps, total)
+    run = _Run(session, data, model, optimizer, scaler, updater, example, steps, total)
     resumed = session.restore()
     if resumed is not None:
         run.load(*resumed)
@@ -138,14 +137,17 @@ def _model(config: Config, data: Dataset) -> nn.Module:
 
 def _optimizer(config: Config, model: nn.Module) -> Optimizer:
     training = config.training
-    options = {"lr": training.lr, "weight_decay": training.weight_decay}
+    lr, decay = training.lr, training.weight_decay
     if training.optimizer == "sgd":
-        nesterov = training.nesterov and training.momentum > 0
         return SGD(
-            model.parameters(), momentum=training.momentum, nesterov=nesterov, **options
+            model.parameters(),
+            lr,
+            momentum=training.momentum,
+            nesterov=training.nesterov,
+            weight_decay=decay,
         )
     kind = {"adam": Adam, "adamw": AdamW}[training.optimizer]
-    return kind(model.parameters(), **options)
+    return kind(model.parameters(), lr, weight_decay=decay)
 
 
 def _learning_rate(config: Config, total: int) -> LearningRate:
@@ -170,13 +172,13 @@ class _Run:
         optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
         updater: TopologyUpdater,
-        costs: dict[str, LayerCost],
+        example: Tensor,
         steps_per_epoch: int,
         total_steps: int,
     ) -> None:
         self.session, self.data, self.model = session, data, model
         self.optimizer, self.scaler, self.updater = optimizer, scaler, updater
-        self.costs = costs
+        self.example = example
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
         self.step = 0
         self.replaced_steps = 0
@@ -189,6 +191,7 @@ class _Run:
             "checkpoint-interval", config.run.checkpoint_interval, steps_per_epoch
         )
         self.checkpoint_due = False
+        self.saved_step = 0
         augment = config.data.augment
         self.augment = data.augment if augment == "auto" else augment
         network: nn.Module = model
@@ -210,7 +213,8 @@ class _Run:
                 self.sums.zero_()
                 self._save_if_due()
         # The end is always kept, whatever the interval.
-        self._save()
+        if self.saved_step != self.step:
+            self._save()
 
     def _train_epoch(self, epoch: int, rate: LearningRate, bar: ProgressBar) -> None:
         config, clock = self.session.config, self.session.clock
@@ -347,7 +351,7 @@ class _Run:
             self._save()
 
     def _save(self) -> None:
-        self.checkpoint_due = False
+        self.checkpoint_due, self.saved_step = False, self.step
         if self.session.folder is None:
             return
         if self.sums[2] > 0:
@@ -397,7 +401,7 @@ class _Run:
             assert isinstance(layer, SparseLinear)
             layer.compute = compute
         self.sums.copy_(tensors["sums"])
-        self.step = state["step"]
+        self.step = self.saved_step = state["step"]
         self.replaced_steps = state["replaced_steps"]
         self.search_flops = state["search_flops"]
         self.session.restore_random(tensors)
@@ -415,15 +419,16 @@ class _Run:
         session, batch = self.session, self.session.config.data.batch
         with session.clock("evaluation"):
             test = self.evaluate(self.data.test)
+        costs = layer_costs(self.model, self.example)
         cost = training_cost(
-            self.costs, batch * self.step, batch * self.replaced_steps, self.search_flops
+            costs, batch * self.step, batch * self.replaced_steps, self.search_flops
         )
-        inference = [sum(costs) for costs in zip(*self.costs.values(), strict=True)]
+        inference = [sum(costs) for costs in zip(*costs.values(), strict=True)]
         seconds = session.clock.seconds
         summary = Summary(
             test_accuracy=test["accuracy"],
             test_loss=test["loss"],
-            density=self.density,
+            density=model_density(self.model),
             weights=sum(row.alive for row in density_table(self.model)),
             dense_weights=sum(row.total for row in density_table(self.model)),
             inference_flops=2 * inference[0],

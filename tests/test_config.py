@@ -1,0 +1,153 @@
+"""Options: parsing, refusals, and the JSON round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+import train
+from dst.config import Config, check, from_json, parse_block, parse_interval, parse_skip, to_json
+from growth import InputError
+
+
+def test_defaults_pass_the_check():
+    check(Config())
+
+
+def test_flags_as_a_sweep_passes_them():
+    config = train.parse(
+        [
+            "--lr=0.02",
+            "--method=similarity",
+            "--growth=faiss",
+            "--growth.k-similar=0.25",
+            "--growth.metric=l2",
+            "--nesterov=false",
+            "--compile=True",
+            "--download",
+            "true",
+            "--update-skips-step=false",
+            "--update_fraction=0.2",
+        ]
+    )
+    assert config.training.lr == 0.02
+    assert config.growth == dataclasses.replace(
+        config.growth, strategy="faiss", k_similar=0.25, metric="l2"
+    )
+    assert (config.training.nesterov, config.training.compile, config.data.download) == (
+        False,
+        True,
+        True,
+    )
+    assert config.update.update_skips_step is False
+    assert config.update.update_fraction == 0.2
+
+
+def test_bare_boolean_flags_and_a_string_that_reads_true():
+    config = train.parse(["--download", "--no-nesterov", "--name=true"])
+    assert config.data.download and not config.training.nesterov
+    assert config.run.name == "true"
+
+
+def test_json_round_trip(tmp_path):
+    config = train.parse(["--density=0.3", "--block=2x4", "--update-end=0.5", "--threads=1"])
+    (tmp_path / "c.json").write_text(to_json(config))
+    assert from_json(tmp_path / "c.json") == config
+    again = train.parse([f"--config={tmp_path / 'c.json'}", "--lr=0.3"])
+    assert again.sparsity == config.sparsity and again.training.lr == 0.3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not JSON"),
+        ("[]", "must hold an object"),
+        ('{"metod": "set"}', "unknown option metod"),
+        ('{"training": {"lrr": 1}}', "unknown option training.lrr"),
+        ('{"training": {"lr": "fast"}}', "must be float"),
+        ('{"training": {"epochs": 1.5}}', "must be int"),
+        ('{"training": {"nesterov": 1}}', "must be bool"),
+    ],
+)
+def test_damaged_config_files(tmp_path, text, words):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(InputError, match=words):
+        from_json(tmp_path / "c.json")
+
+
+def test_missing_config_file(tmp_path):
+    with pytest.raises(InputError, match="cannot read"):
+        train.parse([f"--config={tmp_path / 'none.json'}"])
+
+
+def test_an_int_where_a_float_belongs_is_a_float(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"training": {"lr": 1}}))
+    assert from_json(tmp_path / "c.json").training.lr == 1.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--density=0"], "density 0"),
+        (["--density=1"], "density 1"),
+        (["--density=1.5"], "density 1.5"),
+        (["--density=nan"], "density nan"),
+        (["--density=-0.1"], "density -0.1"),
+        (["--method=rigel"], "did you mean rigl"),
+        (["--growth=fais"], "did you mean faiss"),
+        (["--growth.metric=cosine"], "abs-ip"),
+        (["--growth.k-similar=0"], "k-similar"),
+        (["--method=rigl", "--growth=faiss"], "rigl grows by exact"),
+        (["--method=set", "--growth=exact"], "set grows by random"),
+        (["--method=static", "--growth=exact"], "grows by nothing"),
+        (["--method=rigl", "--growth.metric=l2"], "no metric"),
+        (["--growth=faiss", "--block=4"], "single neurons"),
+        (["--growth.metric=ip", "--block=4"], "single neurons"),
+        (["--data=mnist5k"], "did you mean mnist-5k"),
+        (["--distribution=erks"], "did you mean erk"),
+        (["--block=0"], "block '0'"),
+        (["--block=2x2x2"], "block '2x2x2'"),
+        (["--update-interval=often"], "update-interval 'often'"),
+        (["--update-interval=0"], "update-interval '0'"),
+        (["--update-interval=infep"], "update-interval 'infep'"),
+        (["--update-fraction=0"], "update-fraction"),
+        (["--update-end=2"], "update-end"),
+        (["--update-decay=cos"], "did you mean cosine"),
+        (["--epochs=0"], "epochs 0"),
+        (["--batch=0"], "batch 0"),
+        (["--lr=inf"], "lr inf"),
+        (["--momentum=1"], "momentum"),
+        (["--momentum=0"], "no-nesterov"),
+        (["--label-smoothing=1"], "label-smoothing"),
+        (["--lr-milestones=a"], "separated by commas"),
+        (["--amp=fp8"], "amp 'fp8'"),
+        (["--seed=-1"], "seed -1"),
+        (["--wandb=yes"], "wandb 'yes'"),
+        (["--workers=-1"], "workers"),
+    ],
+)
+def test_refusals(flags, words):
+    with pytest.raises(InputError, match=words) as caught:
+        check(train.parse(flags))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["--lr=fast"], "fast"), (["--lrr=0.1"], "lrr"), (["--epochs"], "epochs"), (["stray"], "stray")],
+)
+def test_complaints_of_the_parser_are_one_line(flags, words):
+    with pytest.raises(InputError, match=words) as caught:
+        train.parse(flags)
+    assert "\n" not in str(caught.value) and "│" not in str(caught.value)
+
+
+def test_small_parsers():
+    assert parse_block("16") == (16, 16) and parse_block("8x32") == (8, 32)
+    assert parse_interval("x", "100", 28) == 100
+    assert parse_interval("x", "1ep", 28) == 28 and parse_interval("x", "0.5ep", 28) == 14
+    assert parse_interval("x", "0.001ep", 28) == 1
+    assert parse_skip("auto") is None and parse_skip("none") == ()
+    assert parse_skip("first, fc*") == ("first", "fc*")
