@@ -131,7 +131,7 @@ class DataConfig:
     augment: Annotated[
         str, arg(help=f"Augmentation: {_names(AUGMENTATIONS)}; auto: the usual.")
     ] = "auto"
-    batch: int = 128
+    batch: int = 64
     """Images per step, over all workers of a torchrun together."""
     workers: int = 0
     """Processes that prepare batches; 0: in the main one."""

@@ -213,6 +213,8 @@ def _sparse_twin(
 ) -> SparseLayer:
     twin: SparseLayer
     weight, bias = layer.weight, layer.bias is not None
+    # The twin's own initial weights are overwritten: they must not move the global random state.
+    scratch = torch.Generator()
     if isinstance(layer, nn.Conv2d):
         twin = SparseConv2d(
             layer.in_channels,
@@ -226,6 +228,7 @@ def _sparse_twin(
             bias=bias,
             keys=keys,
             block=block,
+            generator=scratch,
             device=weight.device,
             dtype=weight.dtype,
         )
@@ -236,6 +239,7 @@ def _sparse_twin(
             bias,
             keys=keys,
             block=block,
+            generator=scratch,
             compute=compute,
             device=weight.device,
             dtype=weight.dtype,

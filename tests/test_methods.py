@@ -265,11 +265,9 @@ def _one_update(method: DropGrow, model: nn.Module, lr: float = 0.05) -> Topolog
 
 
 def _regrowth(keep: bool) -> tuple[dict[str, Tensor], nn.Module, TopologyUpdater, Changes]:
-    """One update that drops everything and grows it over everything, so that much comes back."""
+    """One update that drops most and grows it over everything, so that much comes back."""
     model = _net(density=0.6)
-    method = dataclasses.replace(
-        rigl(UpdateSchedule(2, 9, 0.9, "constant")), keep_regrown=keep
-    )
+    method = dataclasses.replace(rigl(UpdateSchedule(2, 9, 0.9, "constant")), keep_regrown=keep)
     witness = _Witness(method, model)
     optimizer = _sgd(model)
     updater = TopologyUpdater(model, optimizer, witness)
@@ -348,7 +346,7 @@ def test_random_initialisation_of_grown_connections(block: int) -> None:
         twin = sparse_layers(models[1])[name]
         assert torch.equal(layer.values, twin.values)
         topology = layer.topology
-        new = torch.tensor([int(k) not in before[name] for k in topology.keys()])
+        new = torch.tensor([key not in before[name] for key in topology.keys().tolist()])
         assert new.any()
         slots = topology.slots.long()[new]
         grown = layer.values.detach()[slots]
@@ -384,6 +382,56 @@ def test_an_update_replaces_the_step_or_not(name: str, skips: bool) -> None:
         _backward(model, optimizer, _batch(step))
         returned.append(updater.step())
     assert returned == [False, skips, False, skips, False, False]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scripted(Unchanging):
+    """Does one after the other what it was given, an update at every step."""
+
+    changes: tuple[Changes, ...] = ()
+
+    def due(self, step: int) -> bool:
+        return True
+
+    def plan(
+        self, layers: Mapping[str, SparseLayer], records: Mapping[str, Pairs], step: int
+    ) -> Changes:
+        return self.changes[step - 1]
+
+
+def test_a_method_may_drop_and_grow_different_numbers() -> None:
+    model = _net()
+    layer = sparse_layers(model)["fc1"]
+    optimizer = _sgd(model)
+    _backward(model, optimizer, _batch(0))
+    optimizer.step()
+    keys = layer.topology.keys()
+    inactive = torch.tensor(sorted(set(range(layer.topology.grid.size)) - set(keys.tolist())))
+    less = {"fc1": Change(keys[2:9], inactive[:2])}
+    more = {"fc1": Change(keys[20:21], inactive[2:7])}
+    taken = {*keys.tolist(), *inactive[:7].tolist()} - {*keys[2:9].tolist(), int(keys[20])}
+    many = torch.tensor(sorted(set(range(layer.topology.grid.size)) - taken))[:3]
+    too_many = {"fc1": Change(keys[:0], many)}
+    updater = TopologyUpdater(model, optimizer, _Scripted(changes=(less, more, too_many)))
+    velocity = optimizer.state[layer.values]["momentum_buffer"]
+    for change, free in ((less, 5), (more, 1)):
+        _backward(model, optimizer, _batch(1))
+        assert not updater.step()
+        slots = layer.topology.free_slots()
+        assert slots.numel() == free
+        for tensor in (layer.values, layer.values.grad, velocity):
+            assert not tensor[slots].any()
+        grown = layer.topology.slots.long()[layer.topology.find(change["fc1"].grown)]
+        for tensor in (layer.values, layer.values.grad, velocity):
+            assert not tensor[grown].any()
+        optimizer.step()
+        assert not layer.values[slots].any()
+    assert layer.topology.alive == keys.numel() - 1
+    # More than fits is refused, and nothing happens.
+    before = layer.topology.keys()
+    with pytest.raises(InputError, match="cannot grow 3 blocks into 1 free slots"):
+        updater.step()
+    assert torch.equal(layer.topology.keys(), before)
 
 
 def test_a_layer_too_small_to_drop_from_is_left_alone() -> None:
@@ -484,9 +532,7 @@ def test_a_layer_that_is_not_used_is_named_where_its_vectors_are_needed(name: st
     torch.manual_seed(0)
     model = sparsify(Partly().double(), density=0.4, skip=())
     optimizer = _sgd(model)
-    updater = TopologyUpdater(
-        model, optimizer, METHODS[name].build(UpdateSchedule(1, 9, 0.3), 0)
-    )
+    updater = TopologyUpdater(model, optimizer, METHODS[name].build(UpdateSchedule(1, 9, 0.3), 0))
     before = _topologies(model)
     _backward(model, optimizer, _batch(0))
     if name == "set":  # grows at random, and needs none
@@ -503,9 +549,7 @@ def test_a_layer_that_is_not_used_is_named_where_its_vectors_are_needed(name: st
 def test_broken_weights_are_refused(name: str, poison: float) -> None:
     model = _net(free=1)
     optimizer = _sgd(model)
-    updater = TopologyUpdater(
-        model, optimizer, METHODS[name].build(UpdateSchedule(1, 9, 0.3), 0)
-    )
+    updater = TopologyUpdater(model, optimizer, METHODS[name].build(UpdateSchedule(1, 9, 0.3), 0))
     before = _topologies(model)
     _backward(model, optimizer, _batch(0))
     layer = sparse_layers(model)["fc1"]
@@ -521,9 +565,7 @@ def test_broken_weights_are_refused(name: str, poison: float) -> None:
 def test_a_gradient_that_is_not_finite_skips_the_update(name: str, where: str) -> None:
     model = _net()
     optimizer = _sgd(model)
-    updater = TopologyUpdater(
-        model, optimizer, METHODS[name].build(UpdateSchedule(1, 9, 0.3), 0)
-    )
+    updater = TopologyUpdater(model, optimizer, METHODS[name].build(UpdateSchedule(1, 9, 0.3), 0))
     before = _topologies(model)
     _backward(model, optimizer, _batch(0))
     layer = sparse_layers(model)["conv2"]

@@ -75,9 +75,7 @@ def _smallest_of_either_sign(w: Array, alive: list[int], count: int) -> list[int
     left = count - len(zeros)
     positive, negative = [i for i in alive if w[i] > 0], [i for i in alive if w[i] < 0]
     of_positive = round(left * len(positive) / max(1, len(positive) + len(negative)))
-    return (
-        zeros + _smallest(w, positive, of_positive) + _smallest(w, negative, left - of_positive)
-    )
+    return zeros + _smallest(w, positive, of_positive) + _smallest(w, negative, left - of_positive)
 
 
 def _update(
@@ -181,7 +179,9 @@ def _assert_same(
         np.testing.assert_array_equal(layer.topology.keys().numpy(), alive, err_msg=name)
         w = _weight_in_key_order(layer.dense_weight())
         np.testing.assert_allclose(w, expected.w, rtol=1e-9, atol=1e-12, err_msg=name)
-        np.testing.assert_allclose(layer.bias.detach().numpy(), expected.bias, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(
+            layer.bias.detach().numpy(), expected.bias, rtol=1e-9, atol=1e-12
+        )
         velocity = optimizer.state[layer.values].get("momentum_buffer")
         if velocity is not None:
             velocity = velocity.view(-1)[layer.topology.slots.long()].numpy()

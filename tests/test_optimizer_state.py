@@ -81,7 +81,9 @@ def _variants() -> list[Variant]:
         for option, value in OPTIONS.items():
             if option not in accepted or (option == "fused" and cls.__name__ in NOT_FUSED_ON_CPU):
                 continue
-            variants.append(Variant(cls, {**base, option: value}))
+            # Climbing, the units must not saturate, or no gradient is left.
+            slow = {"lr": 0.003} if option == "maximize" else {}
+            variants.append(Variant(cls, {**base, **slow, option: value}))
     sgd, rms = torch.optim.SGD, torch.optim.RMSprop
     nesterov = {"lr": 0.03, "momentum": 0.9, "nesterov": True}
     variants += [
@@ -391,7 +393,7 @@ def test_resize_keeps_survivors_and_their_state(variant: Variant, block: int) ->
     first = layer.topology.capacity
     check(first + 3)
     # Put blocks into the new slots and empty low ones, so that shrinking has to move some.
-    inactive = [k for k in range(layer.topology.grid.size) if k not in layer.topology.keys()]
+    inactive = sorted(set(range(layer.topology.grid.size)) - set(layer.topology.keys().tolist()))
     nothing = torch.empty(0, dtype=torch.int64)
     layer.topology.edit(Change(nothing, torch.tensor(inactive[:3])))
     low = layer.topology.keys()[layer.topology.slots < 4].sort().values

@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("dst", "growth", "triton_kernels")
 # Imported only where they are used, as none of them exists everywhere.
 OPTIONAL = ("faiss", "nmslib", "numba", "wandb", "triton")
-# pip matches platform tags literally: each manylinux that a wheel of ours may be tagged with.
+# pip matches platform tags literally, so each manylinux up to torch's own is named.
 PLATFORMS = [
     f"manylinux{version}_x86_64"
-    for version in ("_2_28", "_2_27", "_2_24", "_2_17", "2014", "_2_12", "2010", "_2_5", "1")
+    for version in [*(f"_2_{minor}" for minor in range(28, 4, -1)), "2014", "2010", "1"]
 ]
 
 
