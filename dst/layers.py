@@ -164,8 +164,8 @@ class SparseLinear(SparseLayer):
             compute = choose_linear(self.density, size, self.values.device.type)
         self.compute = compute
 
-    def forward(self, x: Tensor) -> Tensor:
-        return sparse_linear(x, self.values, self.topology.layout, self.bias, compute=self.compute)
+    def forward(self, input: Tensor) -> Tensor:
+        return sparse_linear(input, self.values, self.topology.layout, self.bias, compute=self.compute)
 
     def _to_columns(self, weight: Tensor) -> Tensor:
         return weight.unsqueeze(1)
@@ -239,9 +239,9 @@ class SparseConv2d(SparseLayer):
         self._uneven_padding = (wide // 2, wide - wide // 2, high // 2, high - high // 2)
         return (0, 0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return sparse_conv2d(
-            self.pad(x),
+            self.pad(input),
             self.values,
             self.topology.layout,
             self.kernel_size,

@@ -38,10 +38,13 @@ def resize(layer: SparseLayer, optimizer: Optimizer | None, capacity: int) -> No
     The only operation that moves values. Blocks keep their slots if those fit, and otherwise move
     to the lowest slots in key order. The parameter object stays the same; its gradient is dropped.
 
-    Raises InputError when fewer slots than alive blocks are asked for, and for state that is one
-    flat vector.
+    Raises InputError when fewer slots than alive blocks are asked for, an optimizer that does
+    not hold the values, and state that is one flat vector.
     """
     topology, values = layer.topology, layer.values
+    groups = [] if optimizer is None else optimizer.param_groups
+    if optimizer is not None and not any(p is values for g in groups for p in g["params"]):
+        raise InputError("the optimizer does not hold the values of this layer")
     if optimizer is not None and list(_flat_state(optimizer, values)):
         raise InputError(
             f"{type(optimizer).__name__} keeps its state in one vector over all parameters, which "

@@ -13,7 +13,7 @@ LR_SCHEDULES = ("cosine", "steps", "constant")
 
 @dataclass(frozen=True)
 class UpdateSchedule:
-    """Topology updates at steps interval, 2 interval, ... up to ``end``; steps count from 1.
+    """Topology updates at steps interval, 2 interval, ... before ``end``; steps count from 1.
 
     fraction: share of a layer's alive connections replaced at the first update (alpha of RigL,
     zeta of SET, K of the similarity thesis). decay: how it falls until ``end``: ``cosine``
@@ -41,7 +41,7 @@ class UpdateSchedule:
             )
 
     def due(self, step: int) -> bool:
-        return step % self.interval == 0 and 0 < step <= self.end
+        return step % self.interval == 0 and 0 < step < self.end
 
     def recording(self, step: int) -> bool:
         """Whether the vectors of this step are searched by the next update."""

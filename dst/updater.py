@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dst.distributed import ReducedPairs, check_agreement, everywhere, world_size
@@ -40,6 +41,18 @@ class _Explored:
         self.keys = torch.cat([self.keys, keys]).unique()
 
 
+def _inner(model: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile`` and the data-parallel wrappers make of it, so that
+    its layers have the same names, and so the same random streams, with and without them."""
+    while True:
+        if isinstance(model, DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
 class TopologyUpdater:
     """Keeps the topology of a model changing while anybody's loop trains it.
 
@@ -60,6 +73,7 @@ class TopologyUpdater:
             scaler.step(optimizer)
             scaler.update()
 
+    (With ``scaler.unscale_``, for clipping, ``scaler.update()`` stands outside of the guard.)
     A step whose gradients hold inf or NaN, which the scaler skips, skips its update as well.
 
     Raises InputError when the method updates and the model has no sparse layer, or when the
@@ -74,7 +88,7 @@ class TopologyUpdater:
         *,
         scaler: GradScaler | None = None,
     ) -> None:
-        model = getattr(model, "_orig_mod", model)
+        model = _inner(model)
         self.layers: dict[str, SparseLayer] = sparse_layers(model)
         if not self.layers and not isinstance(method, Unchanging):
             raise InputError(
@@ -114,6 +128,7 @@ class TopologyUpdater:
         updated = False
         if self.method.due(self.steps):
             records = self._records()
+            self._check_recorded(records)
             if self._all_finite(records):
                 self._update(records)
                 updated = True
@@ -172,6 +187,22 @@ class TopologyUpdater:
             return records
         return {name: ReducedPairs(pairs) for name, pairs in records.items()}
 
+    def _check_recorded(self, records: dict[str, Pairs]) -> None:
+        """A worker that raised alone later on would leave the others waiting for it."""
+        if world_size() == 1 or not self.method.recording(self.steps):
+            return
+        missing = sorted(set(self.layers) - set(records))
+        if not everywhere(not missing, self._device):
+            raise InputError(
+                f"some worker did not record every sparse layer (here {missing or 'all'}"
+                f"{' missing' if missing else ' recorded'}): a layer that one worker's forward does "
+                "not use must be kept dense"
+            )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.layers.values())).values.device
+
     def _all_finite(self, records: dict[str, Pairs]) -> bool:
         device = next(iter(self.layers.values())).values.device
         # Of all parameters: a GradScaler skips the step for any one of them.
@@ -183,7 +214,7 @@ class TopologyUpdater:
         start = time.perf_counter()
         changes = self.method.plan(self.layers, records, self.steps)
         searched = time.perf_counter()
-        check_agreement(changes, next(iter(self.layers.values())).values.device)
+        check_agreement(changes, self._device)
         for name, change in changes.items():
             self._apply(name, change)
         self.last = Update(

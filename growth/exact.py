@@ -11,7 +11,7 @@ from torch import Tensor
 from growth.connections import Block, Connections, Grid, check_query
 from growth.errors import InputError
 from growth.pairs import Pairs, as_pairs
-from growth.select import kth_largest, select_largest
+from growth.select import kth_largest, positions_above, select_largest
 from growth.strategy import METRICS
 
 
@@ -113,7 +113,7 @@ class _RunningTop:
             at = at[scores[at] > -torch.inf]
         else:
             # A tie with the threshold has a higher key than those already kept, and loses.
-            at = (scores > self.threshold).nonzero().squeeze(1)
+            at = positions_above(scores, self.threshold)
             if at.numel() > self.count:
                 at = at[select_largest(scores[at], self.count)]
         if self.held + at.numel() > self.room:

@@ -19,7 +19,10 @@ def sample_distinct(size: int, count: int, generator: torch.Generator | None = N
     chosen = torch.empty(0, dtype=torch.int64)
     while chosen.numel() < count:
         missing = count - chosen.numel()
-        drawn = torch.randint(size, (missing + missing // 8 + 16,), generator=generator)
+        # 63 bits a draw: PyTorch's own range reduction of 32 bits favours some values of a large
+        # range by several per cent.
+        wide = torch.randint(2**63 - 1, (missing + missing // 8 + 16,), generator=generator)
+        drawn = wide % size
         chosen = torch.cat([chosen, drawn]).unique()
     # More than enough were drawn; unique() sorted them, so which to leave out is drawn as well.
     keep = torch.randperm(chosen.numel(), generator=generator)[:count]

@@ -18,6 +18,11 @@ def _matrix(offsets: Tensor, index: Tensor, values: Tensor, shape: tuple[int, in
         return torch.sparse_csr_tensor(offsets, index, values, shape, check_invariants=False)
 
 
+def available(device: torch.device) -> bool:
+    """PyTorch's CSR products on the CPU come with MKL alone."""
+    return device.type != "cpu" or torch.backends.mkl.is_available()
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
