@@ -1,6 +1,6 @@
 """Runs the README's tour and puts what it printed, and its picture, into the README.
 
-    python benchmarks/readme_tour.py
+python benchmarks/readme_tour.py
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class DataConfig:
 class OptimConfig:
     """How the weights are trained."""
 
-    epochs: int = 12
+    epochs: int = 10
     """Passes over the training images."""
     optimizer: Annotated[str, arg(help=f"Optimizer: {_names(OPTIMIZERS)}.")] = "sgd"
     lr: float = 0.1
@@ -162,6 +162,8 @@ class OptimConfig:
     label_smoothing: float = 0.0
     """Share of the target spread over all classes, in [0, 1)."""
     amp: Annotated[str, arg(help=f"Autocast to half precision: {_names(AMP)}.")] = "off"
+    channels_last: bool = True
+    """Keep images in NHWC order, which convolutions are faster in."""
     compile: bool = False
     """Run the model through torch.compile."""
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils import skip_init
 
 from dst.distributions import DISTRIBUTIONS
 from dst.layers import SparseConv2d, SparseLayer, SparseLinear, alive_blocks, sparse_layers
@@ -85,8 +86,10 @@ def sparsify(
         raise InputError(f"{type(model).__name__} has no nn.Linear or nn.Conv2d to make sparse")
     if skip is None:
         skip = ("first",) if distribution == "uniform" and len(layers) > 1 else ()
-    kept = _skipped(list(layers), skip)
+    kept = _skipped(list(layers), (skip,) if isinstance(skip, str) else skip)
     candidates = {name: layer for name, layer in layers.items() if name not in kept}
+    if not candidates:
+        raise InputError(f"skip {skip!r} leaves no layer that could be sparse")
     _check_convertible(model, candidates)
     grids = {name: _grid(layer, block) for name, layer in candidates.items()}
     small = [
@@ -94,8 +97,7 @@ def sparsify(
     ]
     if len(small) == len(candidates):
         raise InputError(
-            f"block {block} is larger than every layer that may be sparse "
-            f"({', '.join(candidates) or 'none'})"
+            f"block {block} is larger than every layer that may be sparse ({', '.join(candidates)})"
         )
     if small:
         _log.warning("smaller than one block of %s, kept dense: %s", block, ", ".join(small))
@@ -261,7 +263,8 @@ def _dense_twin(layer: SparseLayer) -> nn.Module:
     kind = {"device": layer.values.device, "dtype": layer.values.dtype}
     if isinstance(layer, SparseConv2d):
         padding: str | tuple[int, int] = "same" if layer.pads_unevenly else layer.padding
-        twin = nn.Conv2d(
+        twin = skip_init(
+            nn.Conv2d,
             layer.in_channels,
             layer.out_channels,
             layer.kernel_size,
@@ -269,11 +272,11 @@ def _dense_twin(layer: SparseLayer) -> nn.Module:
             padding,
             layer.dilation,
             bias=bias,
-            **kind,  # type: ignore[arg-type]
+            **kind,
         )
     else:
         assert isinstance(layer, SparseLinear)
-        twin = nn.Linear(layer.in_features, layer.out_features, bias, **kind)  # type: ignore[arg-type]
+        twin = skip_init(nn.Linear, layer.in_features, layer.out_features, bias, **kind)
     with torch.no_grad():
         twin.weight.copy_(layer.dense_weight())
     twin.weight.requires_grad_(layer.values.requires_grad)

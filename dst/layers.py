@@ -105,7 +105,7 @@ class SparseLayer(nn.Module):
         the dense layer's."""
         layout = self.topology.layout
         dense = scatter(self.values, *layout[:3], layout.n_out, layout.taps, layout.channels)
-        return self._from_columns(dense)
+        return self._from_columns(dense).contiguous()
 
     def _to_columns(self, weight: Tensor) -> Tensor:
         """PyTorch's shape -> (n_out, taps, channels)."""
@@ -165,7 +165,9 @@ class SparseLinear(SparseLayer):
         self.compute = compute
 
     def forward(self, input: Tensor) -> Tensor:
-        return sparse_linear(input, self.values, self.topology.layout, self.bias, compute=self.compute)
+        return sparse_linear(
+            input, self.values, self.topology.layout, self.bias, compute=self.compute
+        )
 
     def _to_columns(self, weight: Tensor) -> Tensor:
         return weight.unsqueeze(1)
@@ -265,7 +267,7 @@ class SparseConv2d(SparseLayer):
 
     def _from_columns(self, dense: Tensor) -> Tensor:
         dense = dense.view(dense.shape[0], *self.kernel_size, self.in_channels)
-        return dense.permute(0, 3, 1, 2).contiguous()
+        return dense.permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         return (

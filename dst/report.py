@@ -45,7 +45,9 @@ class Summary:
         """As a table of words."""
         return {
             "test accuracy": f"{self.test_accuracy:.2%}",
-            "density in weights": f"{self.density:.4f} ({self.weights:,} of {self.dense_weights:,})",
+            "density in weights": (
+                f"{self.density:.4f} ({self.weights:,} of {self.dense_weights:,})"
+            ),
             "inference FLOPs": _against(self.inference_flops, self.dense_inference_flops),
             "training FLOPs": _against(self.training_flops, self.dense_training_flops),
             "connections ever explored (R_s)": f"{self.explored_share:.2%}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def _inner(model: nn.Module) -> nn.Module:
         if isinstance(model, DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = cast(nn.Module, model._orig_mod)
         else:
             return model
 
@@ -194,9 +194,8 @@ class TopologyUpdater:
         missing = sorted(set(self.layers) - set(records))
         if not everywhere(not missing, self._device):
             raise InputError(
-                f"some worker did not record every sparse layer (here {missing or 'all'}"
-                f"{' missing' if missing else ' recorded'}): a layer that one worker's forward does "
-                "not use must be kept dense"
+                f"some worker did not record every sparse layer (missing here: {missing}): a layer "
+                "that the forward of one worker does not use must be kept dense"
             )
 
     @property

@@ -1,6 +1,6 @@
 """``growth`` by itself, on a plain PyTorch layer: which missing connections would help the most?
 
-    python examples/growth_alone.py
+python examples/growth_alone.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sparse training in a loop of your own: two lines more than dense training.
 
-    python examples/own_loop.py
+python examples/own_loop.py
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 method = dst.rigl(dst.UpdateSchedule(interval=20, end=450, fraction=0.3))
 updater = dst.TopologyUpdater(model, optimizer, method)
 
-for step in range(600):
+for _ in range(600):
     batch = train[torch.randint(len(train), (64,))]
     loss = torch.nn.functional.cross_entropy(model(x[batch]), y[batch])
     optimizer.zero_grad()

@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """A value that came from outside is wrong. ``train.py`` prints it as one line and exits with 2."""
+    """A value that came from outside is wrong; ``train.py`` prints it in one line and exits with 2."""
 
 
 class MissingLibraryError(InputError, ImportError):

@@ -19,8 +19,8 @@ class Recorder:
 
     Works on ``nn.Linear``, ``nn.Conv2d`` and any module with ``records_as`` set to ``"linear"`` or
     ``"conv2d"``; the latter has ``kernel_size``, ``stride``, ``padding``, ``dilation`` (pairs) and
-    ``pad(x)`` for what ``padding`` cannot express. While it is stopped it has no hook in the model, and
-    costs nothing. Each call of a layer that takes part in a backward pass is one recording; all
+    ``pad(x)`` for what ``padding`` cannot express. While it is stopped it has no hook in the model,
+    and costs nothing. Each call of a layer that takes part in a backward pass is one recording; all
     recordings since the last ``clear`` are joined, as if they had been one batch.
 
     model: where the layers are; a module wrapped by ``torch.compile`` is looked through, but its

@@ -15,5 +15,5 @@ sys.path.insert(0, str(ROOT))
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-    # One thread: the tests are small, and idle threads that spin slow down whoever shares the cores.
+    # The tests are small, and idle threads that spin slow down whoever shares the cores.
     torch.set_num_threads(1)

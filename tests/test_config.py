@@ -136,7 +136,12 @@ def test_refusals(flags, words):
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(["--lr=fast"], "fast"), (["--lrr=0.1"], "lrr"), (["--epochs"], "epochs"), (["stray"], "stray")],
+    [
+        (["--lr=fast"], "fast"),
+        (["--lrr=0.1"], "lrr"),
+        (["--epochs"], "epochs"),
+        (["stray"], "stray"),
+    ],
 )
 def test_complaints_of_the_parser_are_one_line(flags, words):
     with pytest.raises(InputError, match=words) as caught:

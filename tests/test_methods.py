@@ -371,7 +371,7 @@ def test_zero_initialisation_of_grown_connections() -> None:
 @pytest.mark.parametrize("skips", [True, False])
 @pytest.mark.parametrize("name", CHANGING)
 def test_an_update_replaces_the_step_or_not(name: str, skips: bool) -> None:
-    method = METHODS[name].build(UpdateSchedule(2, 4, 0.3), 0)
+    method = METHODS[name].build(UpdateSchedule(2, 5, 0.3), 0)
     assert isinstance(method, DropGrow)
     assert method.skips_step == (name == "rigl")  # as each paper has it
     model = _net()

@@ -50,11 +50,12 @@ def _dense_weight(
     n_out: int,
     kernel: Sequence[int],
 ) -> Tensor:
-    """(n_out, C, kh, kw), in PyTorch's own memory order."""
+    """(n_out, C, kh, kw), in the memory order of ``x``."""
     dense = scatter(values, row_offsets, cols, slots, n_out, kernel[0] * kernel[1], x.shape[1])
-    # Left in the (kh, kw, C) order that it was scattered in, the weight would look channels-last
-    # and drag the whole network into that format.
-    return dense.view(n_out, kernel[0], kernel[1], x.shape[1]).permute(0, 3, 1, 2).contiguous()
+    weight = dense.view(n_out, kernel[0], kernel[1], x.shape[1]).permute(0, 3, 1, 2)
+    # The (kh, kw, C) order in which it was scattered is channels-last. Left so beside an input that
+    # is not, it would drag the rest of the network into that format.
+    return weight if x.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
 
 
 @torch.library.custom_op("sparsegrow::conv2d", mutates_args=())

@@ -61,7 +61,7 @@ def _linear(
     if not sparse:
         weight = scatter(values, row_offsets, cols, slots, n_out, 1, x.shape[1])
         return x @ weight.view(n_out, -1).T
-    if values.shape[1:] == (1, 1):
+    if values.shape[1:] == (1, 1) and csr.available(x.device):
         return csr.product(x, values, row_offsets, cols, slots, n_out)
     return blocks.forward(x, values, row_offsets, cols, slots, n_out).contiguous()
 
@@ -107,7 +107,7 @@ def _linear_backward(
         if need_values:
             dense = (dy.T @ x).view(dy.shape[1], 1, x.shape[1])
             dvalues = gather(dense, row_offsets, cols, slots, capacity, (bh, bw))
-    elif bh == bw == 1:
+    elif bh == bw == 1 and csr.available(x.device):
         if need_x:
             dx = csr.product(dy, values, col_offsets, rows_t, slots_t, x.shape[1])
         if need_values:

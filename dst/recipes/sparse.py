@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,8 @@ def sparse(session: Session) -> Summary:
     method = build_method(config, steps)
     torch.manual_seed(config.run.seed)
     model = _model(config, data).to(device)
+    if config.training.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     example = torch.zeros(1, data.in_channels, data.image_size, data.image_size, device=device)
     optimizer = _optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=config.training.amp == "fp16")
@@ -240,7 +241,7 @@ class _Run:
             self._save_if_due()
             with clock("data"):
                 images, labels = next(loader)
-                images = images.to(self.session.device, non_blocking=True)
+                images = self._to_device(images)
                 labels = labels.to(self.session.device, non_blocking=True)
             for group in self.optimizer.param_groups:
                 group["lr"] = config.training.lr * rate.at(self.step)
@@ -332,13 +333,18 @@ class _Run:
         self.model.eval()
         loss, correct = 0.0, 0
         for images, labels in eval_batches(split, self.data, EVAL_BATCH):
-            images, labels = images.to(self.session.device), labels.to(self.session.device)
+            images, labels = self._to_device(images), labels.to(self.session.device)
             with self._autocast():
                 logits = self.model(images)
             loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
             correct += int((logits.argmax(1) == labels).sum())
         self.model.train()
         return {"loss": loss / len(split), "accuracy": correct / len(split)}
+
+    def _to_device(self, images: Tensor) -> Tensor:
+        last = self.session.config.training.channels_last
+        order = torch.channels_last if last else torch.preserve_format
+        return images.to(self.session.device, non_blocking=True, memory_format=order)
 
     def _autocast(self) -> torch.autocast:
         amp = self.session.config.training.amp
