@@ -40,7 +40,7 @@ def _open(default: str, metavar: str) -> Any:
     return arg(help_behavior_hint=f"(default: {default})", metavar=metavar)
 
 
-_METHODS = "; ".join(f"{name}: {entry.summary}" for name, entry in METHODS.items())
+_METHODS = "; ".join(f"{name} ({entry.summary})" for name, entry in METHODS.items())
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class SparsityConfig:
     """Which weights are alive at the start."""
 
     density: float = 0.1
-    """Share of the weights alive, in (0, 1)."""
+    """Share of weights alive, in (0, 1)."""
     distribution: Annotated[str, arg(help=f"Density per layer: {_names(DISTRIBUTIONS)}.")] = "erk"
     block: Annotated[str, arg(metavar="N|HxW")] = "1"
     """Block of weights that live and die together: outputs x inputs (channels at one tap)."""

@@ -1,8 +1,8 @@
-"""What bad input raises. Both are one sentence: the value, what was expected, what to do."""
+"""What bad input raises: one sentence that names the value, what was expected and what to do."""
 
 
 class InputError(ValueError):
-    """A value that came from outside is wrong; ``train.py`` prints it in one line and exits with 2."""
+    """A value from outside is wrong. ``train.py`` prints it as one line and exits with 2."""
 
 
 class MissingLibraryError(InputError, ImportError):

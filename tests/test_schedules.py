@@ -25,9 +25,10 @@ def test_decays() -> None:
     assert [constant.fraction_at(t) for t in (0, 5, 10)] == [0.4, 0.4, 0.4]
 
 
-def test_due_from_the_first_interval_to_the_end_inclusive() -> None:
-    assert [t for t in range(-4, 15) if UpdateSchedule(4, 12, 0.1).due(t)] == [4, 8, 12]
-    assert [t for t in range(6) if UpdateSchedule(1, 3, 0.1).due(t)] == [1, 2, 3]
+def test_due_from_the_first_interval_and_before_the_end() -> None:
+    assert [t for t in range(-4, 15) if UpdateSchedule(4, 12, 0.1).due(t)] == [4, 8]
+    assert [t for t in range(-4, 15) if UpdateSchedule(4, 13, 0.1).due(t)] == [4, 8, 12]
+    assert [t for t in range(6) if UpdateSchedule(1, 4, 0.1).due(t)] == [1, 2, 3]
     assert not any(UpdateSchedule(4, 0, 0.1).due(t) for t in range(20))
 
 

@@ -70,7 +70,7 @@ def test_every_method_trains_20_steps(tmp_path, method, model):
     losses = [line["train"]["loss"] for line in lines if line["kind"] == "epoch"]
     assert len(losses) == 1 and losses[0] < 3.0
     updates = [line for line in lines if line["kind"] == "update"]
-    assert len(updates) == (0 if METHODS[method].defaults is None else 3 + (method == "set"))
+    assert len(updates) == (0 if METHODS[method].defaults is None else 2 + (method == "set"))
     if method == "dense":
         assert summary.density == 1.0 and summary.inference_flops == summary.dense_inference_flops
     else:

@@ -2,4 +2,4 @@
 
 from dst.methods.base import MethodEntry, Unchanging
 
-ENTRY = MethodEntry(lambda schedule, seed: Unchanging(), "every weight there is", sparse=False)
+ENTRY = MethodEntry(lambda schedule, seed: Unchanging(), "all weights", sparse=False)

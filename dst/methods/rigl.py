@@ -14,7 +14,7 @@ def rigl(schedule: UpdateSchedule, seed: int = 0) -> DropGrow:
 
 ENTRY = MethodEntry(
     rigl,
-    "drops the smallest weights, grows the largest gradients",
+    "growth by gradient",
     # Table 1 of the paper: alpha = 0.3, Delta T = 100, T_end at 75 % of the run.
     defaults=UpdateDefaults("100", 0.3, "cosine", 0.75),
     growths=("exact",),

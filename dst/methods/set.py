@@ -15,7 +15,7 @@ def sparse_evolutionary_training(schedule: UpdateSchedule, seed: int = 0) -> Dro
 
 ENTRY = MethodEntry(
     sparse_evolutionary_training,
-    "drops the weights closest to zero, grows at random",
+    "random growth",
     # zeta = 0.3 once an epoch, to the end.
     defaults=UpdateDefaults("1ep", 0.3, "constant", 1.0),
     growths=("random",),

@@ -15,7 +15,7 @@ def similarity(schedule: UpdateSchedule, seed: int = 0) -> DropGrow:
 
 ENTRY = MethodEntry(
     similarity,
-    "drops the smallest weights, grows the most similar neurons",
+    "growth by similarity search",
     # Updates each epoch, as in the thesis' table 3.3, with its largest K; decay and end are RigL's,
     # because the thesis has none. Its own are --update-decay=constant --update-end=1.
     defaults=UpdateDefaults("1ep", 0.1, "cosine", 0.75),

@@ -2,4 +2,4 @@
 
 from dst.methods.base import MethodEntry, Unchanging
 
-ENTRY = MethodEntry(lambda schedule, seed: Unchanging(), "a random topology that never changes")
+ENTRY = MethodEntry(lambda schedule, seed: Unchanging(), "fixed random topology")
