@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import os
 import re
 import sys
 import typing
@@ -31,6 +32,9 @@ def main() -> None:
         fail(str(error), 2)
     except StoppedError as error:
         fail(str(error), 1)
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has closed it; nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(argv: list[str]) -> Config:

@@ -40,6 +40,12 @@ def _open(default: str, metavar: str) -> Any:
     return arg(help_behavior_hint=f"(default: {default})", metavar=metavar)
 
 
+def _own(field_name: str) -> str:
+    """``set 1ep, rigl 100, ...``: what the methods choose where the user does not."""
+    entries = {name: entry.defaults for name, entry in METHODS.items() if entry.defaults}
+    return ", ".join(f"{name} {getattr(own, field_name)}" for name, own in entries.items())
+
+
 _METHODS = "; ".join(f"{name} ({entry.summary})" for name, entry in METHODS.items())
 
 
@@ -80,29 +86,29 @@ class GrowthConfig:
 class UpdateConfig:
     """When the topology changes, and how much."""
 
-    update_interval: Annotated[str | None, _open("the method's", "N|Nep")] = None
+    update_interval: Annotated[str | None, _open(_own("interval"), "N|Nep")] = None
     """Steps between updates, or epochs as in 1ep or 0.5ep."""
-    update_fraction: Annotated[float | None, _open("the method's", "FLOAT")] = None
+    update_fraction: Annotated[float | None, _open(_own("fraction"), "FLOAT")] = None
     """Share of the alive connections replaced at the first update (alpha, zeta, K)."""
     update_decay: Annotated[
         str | None,
         arg(
             help=f"How that share falls: {_names(DECAYS)}.",
-            help_behavior_hint="(default: the method's)",
+            help_behavior_hint=f"(default: {_own('decay')})",
             metavar="STR",
         ),
     ] = None
-    update_end: Annotated[float | None, _open("the method's", "FLOAT")] = None
+    update_end: Annotated[float | None, _open(_own("end"), "FLOAT")] = None
     """T_end: share of the run after which the topology stays, in (0, 1]."""
     update_average: int = 1
     """Steps whose vectors are searched together by one update."""
-    update_skips_step: Annotated[bool | None, _open("the method's", "{True,False}")] = None
+    update_skips_step: Annotated[bool | None, _open("True in rigl", "{True,False}")] = None
     """Whether an update takes the place of the optimizer's step (RigL's algorithm 1)."""
     drop: Annotated[
         str | None,
         arg(
             help=f"Which connections to drop: {_names(CRITERIA)}.",
-            help_behavior_hint="(default: the method's)",
+            help_behavior_hint="(default: magnitude; signed-magnitude in set)",
             metavar="STR",
         ),
     ] = None
