@@ -161,7 +161,7 @@ class SparseLinear(SparseLayer):
         self._build(grid, density, keys, bias, generator, device, dtype)
         if compute == "auto":
             size = self.total * self.values.element_size()
-            compute = choose_linear(self.density, size, self.values.device.type)
+            compute = choose_linear(self.density, block, size, self.values.device.type)
         self.compute = compute
 
     def forward(self, input: Tensor) -> Tensor:
