@@ -18,11 +18,15 @@ from triton_kernels import choose_linear
         (0.12, (64, 32), 1 << 20, "cpu", "sparse"),
         (0.05, (1, 1), 1 << 20, "cuda", "dense"),
         (0.001, (1, 1), 1 << 20, "cuda", "sparse"),
-        (0.9, (1, 1), 1 << 34, "cuda", "sparse"),
     ],
 )
 def test_choice(density, block, dense_bytes, device, expected):
     assert choose_linear(density, block, dense_bytes, device) == expected
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_weight_of_16_gb_is_never_scattered(kind):
+    assert choose_linear(0.9, (1, 1), 65536 * 65536 * 4, kind) == "sparse"
 
 
 def test_a_layer_decides_once():

@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from dst import Change, SparseConv2d, SparseLinear, Topology
 from growth import Grid
 from triton_kernels import (
-    COMPUTE,
     Layout,
     blocks,
-    choose_linear,
     gather,
     scatter,
     sparse_conv2d,
@@ -421,12 +419,3 @@ def test_wrong_inputs_are_refused() -> None:
     for shape in ((2, 4, 5, 5), (5, 5), (1, 1, 3, 5, 5)):
         with pytest.raises(ValueError, match=r"must be \(batch, 3, H, W\)"):
             sparse_conv2d(torch.ones(shape), torch.ones(53, 1, 1), layout, (3, 3))
-
-
-def test_the_cost_model_picks_sparse_below_its_break_even() -> None:
-    assert COMPUTE == ("auto", "dense", "sparse")
-    for kind in ("cpu", "cuda"):
-        assert choose_linear(0.0001, 1000, kind) == "sparse"
-        assert choose_linear(0.9, 1000, kind) == "dense"
-        # 16 GB dense: never, whatever the density.
-        assert choose_linear(0.9, 65536 * 65536 * 4, kind) == "sparse"
