@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Highest density at which a full training step of a sparse linear layer (forward and both gradients)
+# Highest density at which a full training step of a sparse linear layer (forward, both gradients)
 # is faster through the sparse path than through a scattered dense weight, by the smaller side of a
 # block: CSR for single weights, gathered blocks otherwise. From benchmarks/linear_paths.py.
 CPU_BREAK_EVEN = {1: 0.1, 2: 0.07, 32: 0.15}
