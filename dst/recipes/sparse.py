@@ -50,7 +50,7 @@ def sparse(session: Session) -> Summary:
     rate = _learning_rate(config, total)
     method = build_method(config, steps)
     torch.manual_seed(config.run.seed)
-    model = _model(config, data).to(device)
+    model = _model(config, data, device)
     if config.training.channels_last:
         model = model.to(memory_format=torch.channels_last)
     example = torch.zeros(1, data.in_channels, data.image_size, data.image_size, device=device)
@@ -113,14 +113,16 @@ def _strategy(config: Config) -> Any:
     return kind(**{key: value for key, value in options.items() if key in own})
 
 
-def _model(config: Config, data: Dataset) -> nn.Module:
+def _model(config: Config, data: Dataset, device: torch.device) -> nn.Module:
+    """Built on the CPU, so that its weights are the same for every device; made sparse on the
+    device, for which the products' way of computing is chosen."""
     model = build(
         config.model,
         in_channels=data.in_channels,
         image_size=data.image_size,
         classes=data.classes,
         dropout=config.dropout,
-    )
+    ).to(device)
     if not METHODS[config.method].sparse:
         return model
     sparsity = config.sparsity
