@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -43,7 +44,7 @@ class Tracker:
         self._file.seek(position)
 
     def log(self, kind: str, step: int, **values: Any) -> None:
-        line = json.dumps({"kind": kind, "step": step, **values}, allow_nan=False)
+        line = json.dumps(_without_nan({"kind": kind, "step": step, **values}), allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
         if self._wandb is not None:
@@ -88,6 +89,15 @@ def start_wandb(
         id=run_id,
         resume="allow",
     )
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for both."""
+    if isinstance(value, dict):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:

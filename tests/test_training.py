@@ -192,9 +192,10 @@ def test_a_loss_of_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypa
     status, words = main(
         monkeypatch, capsys, *flags, "--lr=1e30", "--warmup=60", "--checkpoint-interval=1"
     )
-    assert status == 1 and "the loss became" in words and words.count("\n") == 1
-    tensors, _ = checkpoint.load(tmp_path / "nan" / CHECKPOINT)
-    assert all(t.isfinite().all() for name, t in tensors.items() if name == "sums")
+    assert status == 1 and "became" in words and words.count("\n") == 1
+    tensors, state = checkpoint.load(tmp_path / "nan" / CHECKPOINT)
+    assert state["step"] > 0
+    assert all(t.isfinite().all() for name, t in tensors.items() if name.startswith("model/"))
 
 
 def test_damaged_checkpoints_are_refused_in_one_line(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class Session:
     console: Console
     clock: Stopwatch = field(default_factory=Stopwatch)
     tracker: tracking.Tracker | None = None
+    started: float = field(default_factory=time.perf_counter)
 
     def open_tracker(self, wandb_id: str | None = None) -> None:
         """Call once the recipe knows that nothing is wrong with its input."""

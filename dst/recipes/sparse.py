@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +210,7 @@ class _Run:
     def fit(self, rate: LearningRate) -> None:
         """Train to the end of the last epoch."""
         session = self.session
+        session.clock.add("start-up", time.perf_counter() - session.started)
         with ProgressBar(session.console, self.total_steps, self.step) as bar:
             while self.step < self.total_steps:
                 epoch = self.step // self.steps_per_epoch
@@ -296,13 +299,15 @@ class _Run:
     def _look(self) -> tuple[float, float]:
         """Loss and accuracy of the epoch so far; stops the run when the loss is not finite."""
         loss, correct, images = self.sums.tolist()
-        if not torch.isfinite(self.sums[0]):
-            folder = self.session.folder
-            raise StoppedError(
-                f"the loss became {loss / images} by step {self.step}: the last checkpoint in "
-                f"{folder} is kept; start again with a lower --lr, --warmup or --amp off"
-            )
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss became {loss / images}")
         return loss / images, correct / images
+
+    def _diverged(self, what: str) -> StoppedError:
+        return StoppedError(
+            f"{what} by step {self.step}: the last checkpoint in {self.session.folder} is kept; "
+            "start again with a lower --lr, with --warmup or with --amp=off"
+        )
 
     def _log_epoch(self, epoch: int) -> None:
         clock, config = self.session.clock, self.session.config
@@ -364,6 +369,9 @@ class _Run:
             return
         if self.sums[2] > 0:
             self._look()
+        # The loss was that of the weights before the last step.
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise self._diverged("the weights became NaN or inf")
         with self.session.clock("checkpoint"):
             optimizer_tensors, optimizer_rest = checkpoint.split_optimizer(self.optimizer)
             updater = self.updater.state_dict()
