@@ -248,6 +248,11 @@ def test_a_gpu_that_is_not_there(tmp_path, monkeypatch, capsys):
     assert status == 2 and "no GPU" in printed
 
 
+def test_a_run_too_short_for_its_updates_says_so(tmp_path, caplog):
+    go(tmp_path, "--method=rigl")
+    assert "never be updated" in caplog.text
+
+
 def test_a_batch_of_one(tmp_path):
     go(tmp_path, "--batch=1", "--lr=0.001", "--val-size=0", "--update-interval=500")
     lines = tracking.read(next(tmp_path.iterdir()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from pathlib import Path
@@ -31,6 +32,8 @@ from dst.report import Summary, announce, write
 from dst.schedules import LearningRate, UpdateSchedule
 from dst.updater import TopologyUpdater
 from growth import STRATEGIES, InputError
+
+_log = logging.getLogger(__name__)
 
 # Steps between two looks at the loss: each waits for the device.
 LOOK_EVERY = 10
@@ -85,6 +88,13 @@ def build_method(config: Config, steps: int) -> Method:
         update.update_decay or own.decay,
         update.update_average,
     )
+    if interval >= schedule.end:
+        _log.warning(
+            "the topology will never be updated: every %d steps, before step %d; lower "
+            "--update-interval",
+            interval,
+            schedule.end,
+        )
     method = entry.build(schedule, config.run.seed)
     assert isinstance(method, DropGrow)
     chosen: dict[str, Any] = {
