@@ -15,13 +15,18 @@ from typing import Any, NoReturn
 
 import tyro
 
-from dst.config import Config, from_json
-from dst.errors import StoppedError
-from dst.training import run
-from growth import InputError
+try:
+    from dst.config import Config, from_json
+    from dst.errors import StoppedError
+    from dst.training import run
+    from growth import InputError
+except ImportError as error:
+    # A library that is missing, or another project's package of the same name: both say what to do.
+    print(f"train.py: {error}", file=sys.stderr)
+    sys.exit(2)
 
 # What may differ between a run and its continuation.
-CHANGES_ON_RESUME = {"resume", "device", "workers", "threads", "wandb"}
+CHANGES_ON_RESUME = {"resume", "device", "data_dir", "workers", "threads", "wandb"}
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from dst.distributions import DISTRIBUTIONS
 from dst.drop import CRITERIA
 from dst.methods import METHODS
 from dst.methods.base import GROWN_INITS
-from dst.models import describe
+from dst.models import check_name, describe
 from dst.schedules import DECAYS, LR_SCHEDULES
 from growth import METRICS, STRATEGIES, InputError
 from triton_kernels import COMPUTE
@@ -59,8 +59,7 @@ class SparsityConfig:
     block: Annotated[str, arg(metavar="N|HxW")] = "1"
     """Block of weights that live and die together: outputs x inputs (channels at one tap)."""
     skip: str = "auto"
-    """Layers kept dense: names, patterns, first, last, comma-separated; none; auto: first if
-    uniform."""
+    """Layers kept dense: names, patterns, first, last; none; auto (first if uniform)."""
     init: Annotated[str, arg(help=f"Initial weights: {_names(INITS)}.")] = "sparse-aware"
     compute: Annotated[str, arg(help=f"Sparse linear products: {_names(COMPUTE)}.")] = "auto"
 
@@ -196,7 +195,7 @@ class RunConfig:
     wandb_project: str = "sparsegrow"
     """Its project."""
     resume: Annotated[str | None, _open("a new run", "FOLDER")] = None
-    """Continue the run in this folder, bit for bit."""
+    """Continue the run in this folder; on a CPU bit for bit."""
     config: Annotated[str | None, _open("none", "FILE")] = None
     """Take every flag that is not given from this config.json."""
 
@@ -220,6 +219,7 @@ class Config:
 def check(config: Config) -> None:
     """Refuse what cannot be, before anything is built. Raises InputError."""
     choose("method", config.method, METHODS)
+    check_name(config.model)
     entry = METHODS[config.method]
     sparsity, growth, update = config.sparsity, config.growth, config.update
     choose("distribution", sparsity.distribution, DISTRIBUTIONS)
@@ -280,8 +280,8 @@ def _check_training(config: Config) -> None:
     _number("momentum", training.momentum, least=0, below=1)
     _number("weight-decay", training.weight_decay, least=0)
     _number("label-smoothing", training.label_smoothing, least=0, below=1)
-    _number("seed", run.seed, least=0)
-    _number("split-seed", data.split_seed, least=0)
+    _number("seed", run.seed, least=0, below=2**63)
+    _number("split-seed", data.split_seed, least=0, below=2**63)
     if run.threads is not None:
         _number("threads", run.threads, least=1)
     if training.optimizer == "sgd" and training.nesterov and training.momentum == 0:
@@ -331,7 +331,7 @@ def parse_interval(name: str, text: str, steps_per_epoch: int) -> int:
     number = text.removesuffix("ep")
     try:
         value = float(number) if number != text else int(number)
-        if not 0 < value < math.inf:
+        if not 0 < value < 1e9:
             raise ValueError
     except ValueError:
         raise InputError(

@@ -25,7 +25,8 @@ _log = logging.getLogger(__name__)
 
 
 class LayerDensity(NamedTuple):
-    """One row of :func:`density_table`: weights alive and in all; note says why it is dense."""
+    """One row of :func:`density_table`: weights alive and in all; block is None where it
+    is dense."""
 
     name: str
     shape: tuple[int, ...]
@@ -310,4 +311,12 @@ def _swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Modu
         for name, child in list(parent._modules.items()):
             if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    # Its fused inference path reads the weight of its layers itself.
+                    parent.activation_relu_or_gelu = 0
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(inner, SparseLayer) for inner in module.modules()
+        ):
+            module.use_nested_tensor = False
     return model

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dst.topology import Change
 from growth import Pairs
@@ -19,6 +20,17 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def ignore_topology(model: nn.Module) -> None:
+    """Call before wrapping a model by DistributedDataParallel, which would broadcast the topology's
+    buffers at every forward; workers agree on them by themselves, and an update replaces them."""
+    names = [
+        name
+        for name, _ in model.named_buffers()
+        if name.startswith("topology.") or ".topology." in name
+    ]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 class ReducedPairs(Pairs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -23,7 +24,8 @@ class Tracker:
     def __init__(self, folder: Path, wandb_run: Any | None = None) -> None:
         self.path = folder / METRICS
         self._wandb = wandb_run
-        self._file = self.path.open("ab")
+        # Unbuffered: what could not be written must not be tried again on closing.
+        self._file = self.path.open("ab", buffering=0)
 
     @property
     def position(self) -> int:
@@ -45,8 +47,9 @@ class Tracker:
 
     def log(self, kind: str, step: int, **values: Any) -> None:
         line = json.dumps(_without_nan({"kind": kind, "step": step, **values}), allow_nan=False)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        data = line.encode() + b"\n"
+        if self._file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self._wandb is not None:
             flat = {f"{kind}/{name}": value for name, value in _flatten(values).items()}
             if kind == "final":
@@ -80,15 +83,21 @@ def start_wandb(
         import wandb
     except ImportError as error:
         raise MissingLibraryError("wandb", "wandb", f"--wandb {mode}") from error
-    return wandb.init(
-        project=project,
-        name=folder.name,
-        dir=str(folder),
-        config=config,
-        mode=cast(Any, mode),
-        id=run_id,
-        resume="allow",
-    )
+    try:
+        return wandb.init(
+            project=project,
+            name=folder.name,
+            dir=str(folder),
+            config=config,
+            mode=cast(Any, mode),
+            id=run_id,
+            resume="allow",
+        )
+    except wandb.errors.Error as error:
+        words = " ".join(str(error).split())
+        raise InputError(
+            f"W&B did not start ({words}): run wandb login, or --wandb=offline"
+        ) from None
 
 
 def _without_nan(value: Any) -> Any:

@@ -53,7 +53,8 @@ def run(config: Config) -> Summary:
         return RECIPES[config.method](session)
     except KeyboardInterrupt:
         kept = config.run.resume or folder
-        raise StoppedError(f"stopped; go on with --resume {kept}") from None
+        how = f"; go on with --resume {kept}" if kept else ""
+        raise StoppedError(f"stopped{how}") from None
     except BaseException:
         if folder is not None and config.run.resume is None and _is_untouched(folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -89,7 +90,10 @@ def _join_workers(device: torch.device) -> bool:
     """Join the process group that ``torchrun`` describes; False outside of it."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return False
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except ValueError as error:
+        raise InputError(f"RANK and WORLD_SIZE are set, but {error}: use torchrun") from None
     return True
 
 

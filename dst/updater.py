@@ -127,10 +127,11 @@ class TopologyUpdater:
         self.steps += 1
         updated = False
         if self.method.due(self.steps):
+            start = time.perf_counter()
             records = self._records()
             self._check_recorded(records)
             if self._all_finite(records):
-                self._update(records)
+                self._update(records, start)
                 updated = True
             else:
                 self.skipped += 1
@@ -209,8 +210,7 @@ class TopologyUpdater:
         finite = all(bool(g.isfinite().all()) for g in gradients if g is not None)
         return everywhere(finite, device) and all(p.is_finite() for p in records.values())
 
-    def _update(self, records: dict[str, Pairs]) -> None:
-        start = time.perf_counter()
+    def _update(self, records: dict[str, Pairs], start: float) -> None:
         changes = self.method.plan(self.layers, records, self.steps)
         searched = time.perf_counter()
         check_agreement(changes, self._device)

@@ -462,3 +462,20 @@ def test_compute_is_passed_on() -> None:
 def test_grid_of_a_convolution_counts_channels_by_tap() -> None:
     model = sparsify(nn.Conv2d(5, 7, (3, 2)), density=0.5, block=(2, 3))
     assert model.topology.grid == Grid(4, 12, 7, 6, 5, (2, 3))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_transformer_encoder_works_in_both_modes(training: bool) -> None:
+    """PyTorch's fused inference path reads the weights of the layers that were replaced."""
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2
+    )
+    sparsify(encoder, density=0.5, skip=())
+    encoder.train(training)
+    x, mask = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    mask[1, 3:] = True
+    with torch.no_grad():
+        first = encoder(x, src_key_padding_mask=mask)
+        second = densify(encoder)(x, src_key_padding_mask=mask)
+    keep = ~mask
+    assert torch.allclose(first[keep], second[keep], atol=1e-6)

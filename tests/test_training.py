@@ -214,6 +214,23 @@ def test_a_full_disk_stops_the_run_and_resume_finishes_it(tmp_path, monkeypatch,
     assert_same_run(tmp_path / "full", tmp_path / "whole")
 
 
+def test_a_full_disk_for_the_report(tmp_path, monkeypatch, capsys):
+    go(tmp_path, "--name=a")
+    (tmp_path / "a" / "report.md").unlink()
+    (tmp_path / "a" / "report.md").symlink_to("/dev/full")
+    status, words = main(monkeypatch, capsys, f"--resume={tmp_path / 'a'}")
+    assert status == 1 and "No space left" in words and words.count("\n") == 1
+
+
+def test_a_full_disk_for_the_metrics(tmp_path):
+    """A limit on the size of files stands for the disk."""
+    flags = [*SMALL, "--epochs=12", "--checkpoint-interval=1000ep", "--name=a", f"--out={tmp_path}"]
+    command = f"ulimit -f 4; exec {sys.executable} {ROOT / 'train.py'} {' '.join(flags)}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "cannot write the metrics" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_loss_of_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
     flags = [*SMALL, "--epochs=4", f"--out={tmp_path}", "--name=nan", "--optimizer=sgd"]
     status, words = main(
@@ -250,6 +267,9 @@ def test_resume_refuses_other_settings(tmp_path, monkeypatch, capsys):
     [
         (["--model=wnr-16-1"], "wrn"),
         (["--model=wrn-17-1"], "6n"),
+        (["--model=a/b"], "unknown model"),
+        (["--seed=99999999999999999999999"], "seed"),
+        (["--update-interval=1e308ep"], "update-interval"),
         (["--data=cifar10", "--data-dir=nowhere"], "nowhere"),
         (["--block=64"], "larger than every layer"),
         (["--density=0.0001", "--distribution=uniform"], "rounds to no"),

@@ -79,8 +79,9 @@ class DropGrow:
     can grow. drop: the criterion. growth: the strategy, asked for exactly as many as were dropped.
     regrow: whether a connection dropped in this update may be grown again in it (RigL and SET: over
     everything not kept). keep_regrown: whether such a one goes on with its value and optimizer
-    state, as in RigL's code, or starts afresh. grown_init: ``zero``, or ``random`` as at the start.
-    skips_step: the update replaces the optimizer's step, as in RigL's algorithm 1.
+    state, as in RigL's code, or starts afresh. grown_init: ``zero``, or ``random``: uniform within
+    1 / sqrt(alive fan-in). skips_step: the update replaces the optimizer's step, as in RigL's
+    algorithm 1.
     """
 
     schedule: UpdateSchedule

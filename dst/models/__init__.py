@@ -60,7 +60,7 @@ def build(
             raise InputError(f"{what} {value} is impossible: give a whole number of at least 1")
     if not 0 <= dropout < 1:
         raise InputError(f"dropout {dropout} is not a probability in [0, 1): give for example 0.3")
-    key = _key(name)
+    key = check_name(name)
     return MODELS[key].builder(
         name[len(key) + 1 :],
         in_channels=in_channels,
@@ -70,8 +70,8 @@ def build(
     )
 
 
-def _key(name: str) -> str:
-    """The key of MODELS that ``name`` begins with."""
+def check_name(name: str) -> str:
+    """The key of MODELS that ``name`` begins with; InputError where there is none."""
     for key, model in MODELS.items():
         if name == key or (model.form != key and name.startswith(f"{key}-")):
             return key

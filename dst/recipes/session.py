@@ -53,7 +53,7 @@ class Session:
             try:
                 self.tracker.log(kind, step, **values)
             except OSError as error:
-                raise StoppedError(self._disk_message("the metrics", error)) from None
+                raise self.disk_error("the metrics", error) from None
 
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write the checkpoint, with every random state; only the first worker does."""
@@ -71,7 +71,7 @@ class Session:
         try:
             checkpoint.save(self.folder / CHECKPOINT, tensors, state)
         except OSError as error:
-            raise StoppedError(self._disk_message("the checkpoint", error)) from None
+            raise self.disk_error("the checkpoint", error) from None
 
     def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and state of the checkpoint to resume from; None for a run that starts.
@@ -103,11 +103,15 @@ class Session:
             self.tracker.close(failed)
             self.tracker = None
 
-    def _disk_message(self, what: str, error: OSError) -> str:
-        assert self.folder is not None
-        kept = (self.folder / CHECKPOINT).exists()
-        return (
-            f"cannot write {what} in {self.folder}: {error.strerror or error}; "
-            + ("the last checkpoint is intact: " if kept else "")
-            + f"free some space, then --resume {self.folder}"
+    def disk_error(self, what: str, error: OSError) -> StoppedError:
+        """The disk is full, or gone."""
+        return StoppedError(
+            f"cannot write {what} in {self.folder}: {error.strerror or error}; free some space, "
+            f"then --resume {self.folder}{self.kept()}"
         )
+
+    def kept(self) -> str:
+        """What stands of the run so far, for the end of a message."""
+        if self.folder is not None and (self.folder / CHECKPOINT).exists():
+            return " (its last checkpoint is intact)"
+        return ""

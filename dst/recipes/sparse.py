@@ -19,7 +19,7 @@ from dst import checkpoint
 from dst.config import Config, parse_block, parse_interval, parse_shares, parse_skip
 from dst.convert import density_table, model_density, sparsify
 from dst.data import Dataset, Split, eval_batches, load, steps_per_epoch, train_loader
-from dst.distributed import rank, world_size
+from dst.distributed import ignore_topology, rank, world_size
 from dst.drop import CRITERIA
 from dst.errors import StoppedError
 from dst.flops import layer_costs, training_cost
@@ -212,6 +212,7 @@ class _Run:
         network: nn.Module = model
         if world_size() > 1:
             ids = [session.device] if session.device.type == "cuda" else None
+            ignore_topology(model)
             network = DistributedDataParallel(model, device_ids=ids)
         self.network = network
         # A compiled forward does not see the recorder: steps that are recorded run eagerly.
@@ -315,8 +316,8 @@ class _Run:
 
     def _diverged(self, what: str) -> StoppedError:
         return StoppedError(
-            f"{what} by step {self.step}: the last checkpoint in {self.session.folder} is kept; "
-            "start again with a lower --lr, with --warmup or with --amp=off"
+            f"{what} by step {self.step}: start again with a lower --lr, with --warmup or with "
+            f"--amp=off{self.session.kept()}"
         )
 
     def _log_epoch(self, epoch: int) -> None:
@@ -375,10 +376,13 @@ class _Run:
 
     def _save(self) -> None:
         self.checkpoint_due, self.saved_step = False, self.step
-        if self.session.folder is None:
-            return
         if self.sums[2] > 0:
             self._look()
+        sums = self.sums.clone()
+        if world_size() > 1:
+            torch.distributed.all_reduce(sums)
+        if self.session.folder is None:
+            return
         # The loss was that of the weights before the last step.
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise self._diverged("the weights became NaN or inf")
@@ -390,7 +394,7 @@ class _Run:
                 **{f"model/{k}": v for k, v in self.model.state_dict().items()},
                 **{f"optimizer/{k}": v for k, v in optimizer_tensors.items()},
                 **{f"explored/{k}": v for k, v in explored.items()},
-                "sums": self.sums,
+                "sums": sums,
             }
             state = {
                 "step": self.step,
@@ -426,7 +430,9 @@ class _Run:
             layer = self.model.get_submodule(name)
             assert isinstance(layer, SparseLinear)
             layer.compute = compute
-        self.sums.copy_(tensors["sums"])
+        if rank() == 0:
+            # The sums of all workers together: the others go on from nothing.
+            self.sums.copy_(tensors["sums"])
         self.step = self.saved_step = state["step"]
         self.replaced_steps = state["replaced_steps"]
         self.search_flops = state["search_flops"]
@@ -467,6 +473,9 @@ class _Run:
         )
         session.log("final", self.step, **dataclasses.asdict(summary))
         if session.folder is not None:
-            report: Path = write(session.folder)
+            try:
+                report: Path = write(session.folder)
+            except OSError as error:
+                raise session.disk_error("the report", error) from None
             announce(session.console, summary, report)
         return summary
