@@ -76,7 +76,8 @@ def parse_flags(argv: list[str], default: Config) -> Config:
             raise
         words = re.sub(r"[^\x20-\x7e]+|-{3,}", " ", complaint.getvalue())
         words = re.sub(r"\s*For full helptext.*", "", " ".join(words.split()))
-        raise InputError(words) from None
+        # The box's title may say what its first words say again.
+        raise InputError(re.sub(r"^(.{5,}) (?=\1)", "", words)) from None
 
 
 def boolean_flags(argv: list[str]) -> list[str]:
