@@ -9,13 +9,16 @@ if not hasattr(triton_kernels, "sparse_linear"):
         "pip uninstall triton_kernels, then reinstall sparsegrow"
     )
 
-from dst.convert import densify, density_table, model_density, sparsify
+from dst.attention import SparseAttention
+from dst.convert import densify, density_ramp, density_table, model_density, sparsify
 from dst.layers import SparseConv2d, SparseLayer, SparseLinear, sparse_layers
 from dst.methods import METHODS, DropGrow, Unchanging
 from dst.methods.rigl import rigl
 from dst.methods.set import sparse_evolutionary_training
 from dst.methods.similarity import similarity
+from dst.methods.snfs import sparse_momentum
 from dst.optimizer_state import resize
+from dst.ramp import DensityRamp
 from dst.schedules import LearningRate, UpdateSchedule
 from dst.topology import Change, Topology
 from dst.updater import TopologyUpdater
@@ -24,9 +27,11 @@ from growth import InputError
 __all__ = [
     "METHODS",
     "Change",
+    "DensityRamp",
     "DropGrow",
     "InputError",
     "LearningRate",
+    "SparseAttention",
     "SparseConv2d",
     "SparseLayer",
     "SparseLinear",
@@ -35,6 +40,7 @@ __all__ = [
     "Unchanging",
     "UpdateSchedule",
     "densify",
+    "density_ramp",
     "density_table",
     "model_density",
     "resize",
@@ -42,5 +48,6 @@ __all__ = [
     "similarity",
     "sparse_evolutionary_training",
     "sparse_layers",
+    "sparse_momentum",
     "sparsify",
 ]

@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.nn.utils import skip_init
 
-from dst.distributions import DISTRIBUTIONS
-from dst.layers import SparseConv2d, SparseLayer, SparseLinear, alive_blocks, sparse_layers
+from dst.attention import (
+    SparseAttention,
+    can_open,
+    close_attention,
+    dense_projections,
+    head_groups,
+    open_attention,
+)
+from dst.distributions import DISTRIBUTIONS, Shape
+from dst.layers import (
+    SparseConv2d,
+    SparseLayer,
+    SparseLinear,
+    alive_blocks,
+    draw_keys,
+    group_grid,
+    sparse_layers,
+)
+from dst.ramp import DensityRamp
 from dst.seeding import generator
 from growth import Grid, InputError
 from growth.connections import Block
-from growth.sampling import sample_distinct
 
 INITS = ("sparse-aware", "keep")
+
+# Every dense attention that may be sparse, with what takes its place.
+Opened = Mapping[nn.Module, SparseAttention]
 
 _log = logging.getLogger(__name__)
 
@@ -44,9 +63,11 @@ def sparsify(
     skip: Sequence[str] | None = None,
     init: str = "sparse-aware",
     compute: str = "auto",
+    ramp_to: float | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Replace every ``nn.Linear`` and ``nn.Conv2d`` of ``model``, in place, by a sparse layer.
+    """Replace every ``nn.Linear`` and ``nn.Conv2d`` of ``model``, in place, by a sparse layer, and
+    every ``nn.MultiheadAttention`` by an attention over two: ``in_proj`` and ``out_proj``.
 
     Returns the model (a new module only where the model itself is such a layer). Build the
     optimizer afterwards. The topology is random, drawn from (seed, layer name).
@@ -57,21 +78,32 @@ def sparsify(
     ``last``; by default the first layer under ``uniform``, as in RigL, and none otherwise.
     init: ``sparse-aware`` scales every output's weights by sqrt(fan-in / alive fan-in), so that
     activations keep their variance; ``keep`` leaves the weights as they are, for a trained model.
-    compute: see :class:`SparseLinear`.
+    compute: see :class:`SparseLinear`. ramp_to: another density, which a ramp will lead to (see
+    ``density_ramp``): a layer that is dense at only one of the two is a sparse layer from the
+    start, and ``density`` may be 1.
 
-    A layer smaller than one block stays dense and is named in a warning of the ``dst`` logger, as
-    in ``density_table(model)``; so does, silently, one to which ``er`` or ``erk`` gives density 1.
-    Subclasses of the two layers, such as those inside ``nn.MultiheadAttention``, are left alone.
+    A layer that makes the queries, keys and values of all heads (``in_proj``, and ``qkv`` beside an
+    attribute ``num_heads``) is sparse head by head: its 3 * num_heads groups of rows have equally
+    many alive blocks, and ``er`` and ``erk`` take each group for a matrix of its own. Where a group
+    is not whole blocks, a warning of the ``dst`` logger says that the layer is drawn as a whole.
+
+    A layer smaller than one block stays dense and is named in such a warning, as in
+    ``density_table(model)``, and so is a convolution with groups, and an attention with kdim, vdim,
+    bias_k, bias_v or add_zero_attn; silently, one to which ``er`` or ``erk`` gives density 1.
+    Subclasses of the three, which may use their weights in other ways, are left alone.
 
     Raises InputError for a density outside (0, 1) or that rounds to no block of some layer, a block
-    larger than every layer, a convolution with groups, a weight that two layers share, a pattern
-    that matches nothing, and a model without such layers.
+    larger than every layer, a padding mode other than zeros, a weight that two layers share, a
+    pattern that matches nothing, and a model without such layers.
     """
-    if not (math.isfinite(density) and 0 < density < 1):
-        raise InputError(
-            f"density {density} must lie strictly between 0 and 1 (a dense network is "
-            "method 'dense')"
-        )
+    for share in (density,) if ramp_to is None else (ramp_to,):
+        if not (math.isfinite(share) and 0 < share < 1):
+            raise InputError(
+                f"density {share} must lie strictly between 0 and 1 (a dense network is "
+                "method 'dense')"
+            )
+    if not (math.isfinite(density) and 0 < density <= 1):
+        raise InputError(f"density {density} at the start of a ramp must lie in (0, 1]")
     if distribution not in DISTRIBUTIONS:
         raise InputError(
             f"distribution {distribution!r} is unknown: choose {', '.join(DISTRIBUTIONS)}"
@@ -82,16 +114,24 @@ def sparsify(
     if min(block) < 1:
         raise InputError(f"block {block} must be positive")
 
-    layers = _dense_layers(model)
+    opened = _open_attentions(model)
+    layers = _dense_layers(model, opened)
     if not layers:
         raise InputError(f"{type(model).__name__} has no nn.Linear or nn.Conv2d to make sparse")
     if skip is None:
         skip = ("first",) if distribution == "uniform" and len(layers) > 1 else ()
     kept = _skipped(list(layers), (skip,) if isinstance(skip, str) else skip)
+    # Depthwise convolutions have few weights, and networks many of them.
+    grouped = {n for n, la in layers.items() if isinstance(la, nn.Conv2d) and la.groups != 1} - kept
+    if grouped:
+        names = [name for name in layers if name in grouped]
+        _log.warning("convolutions with groups, kept dense: %s", ", ".join(names))
+    kept |= grouped
     candidates = {name: layer for name, layer in layers.items() if name not in kept}
     if not candidates:
-        raise InputError(f"skip {skip!r} leaves no layer that could be sparse")
-    _check_convertible(model, candidates)
+        left = " but convolutions with groups" if grouped else ""
+        raise InputError(f"skip {skip!r} leaves no layer that could be sparse{left}")
+    _check_convertible(model, opened, candidates)
     grids = {name: _grid(layer, block) for name, layer in candidates.items()}
     small = [
         name for name, grid in grids.items() if grid.n_out < block[0] or grid.channels < block[1]
@@ -107,34 +147,76 @@ def sparsify(
         name: shape for name, shape in shapes.items() if name in candidates and name not in small
     }
     dense = {name: shape for name, shape in shapes.items() if name not in sparse}
-    densities = DISTRIBUTIONS[distribution](sparse, dense, density)
+    groups = _row_groups(model, opened, {name: layers[name] for name in sparse}, block)
+    densities = _densities(distribution, sparse, dense, groups, density)
+    later = densities
+    if ramp_to is not None:
+        later = _densities(distribution, sparse, dense, groups, ramp_to)
 
     replacements: dict[nn.Module, nn.Module] = {}
     for name, share in densities.items():
-        if share == 1.0:
+        if share == later[name] == 1.0:
             continue
-        layer, grid = layers[name], grids[name]
+        layer, group = layers[name], group_grid(grids[name], groups[name])
         try:
-            count = alive_blocks(grid, share)
+            keys = draw_keys(group, groups[name], share, generator(seed, name, 0))
         except InputError as error:
-            raise InputError(f"layer {name!r}: {error}") from None
-        random = generator(seed, name, 0)
-        keys = sample_distinct(grid.size, count, random)
-        replacements[layer] = _sparse_twin(layer, keys, block, compute, init)
-    return _swap(model, replacements)
+            where = f"layer {name!r}" + (", in each head" if groups[name] > 1 else "")
+            raise InputError(f"{where}: {error}") from None
+        replacements[layer] = _sparse_twin(layer, keys, block, groups[name], compute, init)
+    attentions = {
+        closed: attention
+        for closed, attention in opened.items()
+        if attention.in_proj in replacements or attention.out_proj in replacements
+    }
+    return _swap(_swap(model, attentions), replacements)
+
+
+def density_ramp(
+    model: nn.Module, *, to: float, end: int, distribution: str = "uniform", shape: str = "cubic"
+) -> DensityRamp:
+    """From what is alive in a model's sparse layers now to density ``to`` at step ``end``, for
+    ``DropGrow(ramp=...)``.
+
+    The model was made by ``sparsify(..., ramp_to=to)`` with the same distribution. shape: see
+    :class:`DensityRamp`. Raises InputError as ``sparsify`` does for a density that cannot be.
+    """
+    layers = sparse_layers(model)
+    shapes = {row.name: row.shape for row in density_table(model)}
+    dense = {name: shape for name, shape in shapes.items() if name not in layers}
+    groups = {name: layer.row_groups for name, layer in layers.items()}
+    sparse = {name: shapes[name] for name in layers}
+    final = {}
+    for name, share in _densities(distribution, sparse, dense, groups, to).items():
+        group = group_grid(layers[name].topology.grid, groups[name])
+        try:
+            final[name] = groups[name] * alive_blocks(group, share)
+        except InputError as error:
+            raise InputError(f"layer {name!r}, at the ramp's end: {error}") from None
+    start = {name: layer.topology.alive for name, layer in layers.items()}
+    return DensityRamp(start, final, end, shape)
 
 
 def densify(model: nn.Module) -> nn.Module:
     """Replace every sparse layer of ``model``, in place, by ``nn.Linear`` or ``nn.Conv2d`` with
-    zeros where nothing is alive. Returns the model; see :func:`sparsify`."""
-    replacements: dict[nn.Module, nn.Module] = {
+    zeros where nothing is alive, and every :class:`SparseAttention` by ``nn.MultiheadAttention``.
+    Returns the model; see :func:`sparsify`."""
+    layers: dict[nn.Module, nn.Module] = {
         layer: _dense_twin(layer) for layer in sparse_layers(model).values()
     }
-    return _swap(model, replacements)
+    model = _swap(model, layers)
+    closed: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        if isinstance(module, SparseAttention):
+            twin = closed[module] = close_attention(module)
+            _carry_over(module, twin)
+            _carry_over(module.out_proj, twin.out_proj)
+    return _swap(model, closed)
 
 
 def density_table(model: nn.Module) -> list[LayerDensity]:
-    """Every linear layer and convolution with its exact number of alive weights."""
+    """Every linear layer and convolution with its exact number of alive weights; the projections
+    inside a dense ``nn.MultiheadAttention`` count as layers."""
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, SparseLayer):
@@ -146,6 +228,11 @@ def density_table(model: nn.Module) -> list[LayerDensity]:
         elif isinstance(module, nn.Linear | nn.Conv2d):
             size = module.weight.numel()
             rows.append(LayerDensity(name, tuple(module.weight.shape), None, size, size))
+        elif isinstance(module, nn.MultiheadAttention):
+            for inner, weight in dense_projections(module).items():
+                size = weight.numel()
+                inner = f"{name}.{inner}".lstrip(".")
+                rows.append(LayerDensity(inner, tuple(weight.shape), None, size, size))
     return rows
 
 
@@ -155,13 +242,85 @@ def model_density(model: nn.Module) -> float:
     return sum(row.alive for row in table) / max(1, sum(row.total for row in table))
 
 
-def _dense_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+def _open_attentions(model: nn.Module) -> Opened:
+    opened: dict[nn.Module, SparseAttention] = {}
+    refused = []
+    for name, module in model.named_modules():
+        if type(module) is nn.MultiheadAttention:
+            if can_open(module):
+                opened[module] = open_attention(module)
+                _carry_over(module, opened[module])
+                _carry_over(module.out_proj, opened[module].out_proj)
+            else:
+                refused.append(name)
+    if refused:
+        _log.warning(
+            "attention with kdim, vdim, bias_k, add_zero_attn or weights that are computed, kept "
+            "dense: %s",
+            ", ".join(refused),
+        )
+    return opened
+
+
+def _opened_modules(model: nn.Module, opened: Opened) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` as if every attention were replaced already."""
+    inside = {attention.get_submodule("out_proj") for attention in opened}
+    for name, module in model.named_modules():
+        if module in opened:
+            yield from opened[module].named_modules(prefix=name)
+        elif module not in inside:
+            yield name, module
+
+
+def _dense_layers(model: nn.Module, opened: Opened) -> dict[str, nn.Linear | nn.Conv2d]:
     return {
         name: module
-        for name, module in model.named_modules()
-        if type(module)
-        in (nn.Linear, nn.Conv2d)  # subclasses use their weight in ways of their own
+        for name, module in _opened_modules(model, opened)
+        # Subclasses use their weight in ways of their own.
+        if isinstance(module, nn.Linear | nn.Conv2d) and type(module) in (nn.Linear, nn.Conv2d)
     }
+
+
+def _row_groups(
+    model: nn.Module, opened: Opened, layers: dict[str, nn.Linear | nn.Conv2d], block: Block
+) -> dict[str, int]:
+    """Of every layer: a group for the queries, keys and values of each attention head, else 1."""
+    modules = dict(_opened_modules(model, opened))
+    groups, whole = {}, []
+    for name, layer in layers.items():
+        parent, _, own = name.rpartition(".")
+        groups[name] = head_groups(own, modules[parent], layer)
+        if groups[name] > 1 and layer.weight.shape[0] % (groups[name] * block[0]):
+            groups[name] = 1
+            whole.append(name)
+    if whole:
+        _log.warning(
+            "an attention head is not whole blocks of %s, sparse without regard to heads: %s",
+            block,
+            ", ".join(whole),
+        )
+    return groups
+
+
+def _densities(
+    distribution: str,
+    sparse: Mapping[str, Shape],
+    dense: Mapping[str, Shape],
+    groups: Mapping[str, int],
+    density: float,
+) -> dict[str, float]:
+    """Of every layer; the groups of rows of a layer are equal matrices, and so get the same."""
+    parts = {
+        name: [name] if groups[name] == 1 else [f"{name}[{at}]" for at in range(groups[name])]
+        for name in sparse
+    }
+    matrices = {
+        part: (shape[0] // groups[name], *shape[1:])
+        for name, shape in sparse.items()
+        for part in parts[name]
+    }
+    found = DISTRIBUTIONS[distribution](matrices, dense, density)
+    return {name: found[parts[name][0]] for name in sparse}
 
 
 def _skipped(names: list[str], skip: Sequence[str]) -> set[str]:
@@ -175,17 +334,14 @@ def _skipped(names: list[str], skip: Sequence[str]) -> set[str]:
     return kept
 
 
-def _check_convertible(model: nn.Module, layers: dict[str, nn.Linear | nn.Conv2d]) -> None:
+def _check_convertible(
+    model: nn.Module, opened: Opened, layers: dict[str, nn.Linear | nn.Conv2d]
+) -> None:
     owners: dict[int, set[str]] = {}
-    for module_name, module in model.named_modules():
+    for module_name, module in _opened_modules(model, opened):
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(module_name)
     for name, layer in layers.items():
-        if isinstance(layer, nn.Conv2d) and layer.groups != 1:
-            raise InputError(
-                f"layer {name!r} is a convolution of {layer.groups} groups, which cannot be "
-                "sparse: put its name into skip"
-            )
         if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
             raise InputError(
                 f"layer {name!r} pads with {layer.padding_mode!r}, which a sparse convolution "
@@ -212,7 +368,12 @@ def _grid(layer: nn.Linear | nn.Conv2d, block: Block) -> Grid:
 
 
 def _sparse_twin(
-    layer: nn.Linear | nn.Conv2d, keys: torch.Tensor, block: Block, compute: str, init: str
+    layer: nn.Linear | nn.Conv2d,
+    keys: torch.Tensor,
+    block: Block,
+    row_groups: int,
+    compute: str,
+    init: str,
 ) -> SparseLayer:
     twin: SparseLayer
     weight, bias = layer.weight, layer.bias is not None
@@ -242,6 +403,7 @@ def _sparse_twin(
             bias,
             keys=keys,
             block=block,
+            row_groups=row_groups,
             generator=scratch,
             compute=compute,
             device=weight.device,
@@ -254,6 +416,7 @@ def _sparse_twin(
         dense = dense * gain.view(-1, *[1] * (dense.dim() - 1))
     twin.set_weight(dense)
     twin.values.requires_grad_(weight.requires_grad)
+    twin.bias = cast("nn.Parameter | None", layer.bias)
     _carry_over(layer, twin)
     return twin
 
@@ -281,13 +444,13 @@ def _dense_twin(layer: SparseLayer) -> nn.Module:
     with torch.no_grad():
         twin.weight.copy_(layer.dense_weight())
     twin.weight.requires_grad_(layer.values.requires_grad)
+    twin.bias = layer.bias
     _carry_over(layer, twin)
     return twin
 
 
 def _carry_over(old: nn.Module, new: nn.Module) -> None:
-    """The bias itself, the mode, and hooks that the user put on the layer."""
-    new.bias = old.bias
+    """The mode, and hooks that the user put on the module."""
     new.train(old.training)
     for hooks in (
         "_forward_hooks",
@@ -303,7 +466,7 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
         setattr(new, hooks, getattr(old, hooks))
 
 
-def _swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+def _swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Put every replacement wherever its module stands, shared modules in all their places."""
     if model in replacements:
         return replacements[model]

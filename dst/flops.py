@@ -1,16 +1,20 @@
 """Counting what a network costs: multiply-accumulates, and FLOPs of a whole training.
 
 Two FLOPs a multiply-accumulate; normalisation, activations and the loss are left out, as in the
-RigL paper's appendix H.
+RigL paper's appendix H, and so are the two products inside attention that no weight takes part in:
+the scores, and their sum over the values.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dst.attention import dense_projections
 from dst.layers import SparseLayer
 
 
@@ -23,21 +27,34 @@ class LayerCost(NamedTuple):
 
 def layer_costs(model: nn.Module, example: Tensor) -> dict[str, LayerCost]:
     """Of every linear layer and convolution that ``example``, one input with its batch dimension,
-    passes through."""
+    passes through; the projections inside a dense ``nn.MultiheadAttention`` count as layers."""
     costs: dict[str, LayerCost] = {}
     hooks = []
 
+    def add(name: str, vectors: int, alive: int, total: int) -> None:
+        positions = vectors // example.shape[0]
+        before = costs.get(name, LayerCost(0, 0))
+        costs[name] = LayerCost(before.sparse + positions * alive, before.dense + positions * total)
+
     def counter(name: str, alive: int, total: int, n_out: int):  # type: ignore[no-untyped-def]
         def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            positions = output.numel() // n_out // example.shape[0]
-            before = costs.get(name, LayerCost(0, 0))
-            costs[name] = LayerCost(
-                before.sparse + positions * alive, before.dense + positions * total
-            )
+            add(name, output.numel() // n_out, alive, total)
+
+        return count
+
+    def attention_counter(name: str):  # type: ignore[no-untyped-def]
+        def count(module: nn.MultiheadAttention, inputs: Any, named: Any, output: Any) -> None:
+            given = inspect.signature(module.forward).bind(*inputs, **named).arguments
+            for inner, vectors, size in _projected(module, given):
+                add(f"{name}.{inner}".lstrip("."), vectors, size, size)
 
         return count
 
     for name, module in model.named_modules():
+        if type(module) is nn.MultiheadAttention:
+            hook = attention_counter(name)
+            hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+            continue
         if isinstance(module, SparseLayer):
             sizes = (module.alive, module.total, module.topology.grid.n_out)
         elif isinstance(module, nn.Linear | nn.Conv2d):
@@ -57,6 +74,27 @@ def layer_costs(model: nn.Module, example: Tensor) -> dict[str, LayerCost]:
     return costs
 
 
+def _projected(
+    attention: nn.MultiheadAttention, given: Mapping[str, Tensor]
+) -> Iterator[tuple[str, int, int]]:
+    """What a dense attention multiplies with its weights, none of which it calls as a module: name
+    of the weight, number of vectors, multiply-accumulates of each. given: query, key and value."""
+    vectors = [given[name].numel() // given[name].shape[-1] for name in ("query", "key", "value")]
+    weights = dense_projections(attention)
+    if "in_proj" in weights:  # a third of its rows for each input
+        yield "in_proj", sum(vectors), weights["in_proj"].numel() // 3
+    else:
+        for (name, weight), count in zip(weights.items(), vectors, strict=True):
+            yield name, count, weight.numel()
+    yield "out_proj", vectors[0], attention.out_proj.weight.numel()
+
+
+def forward_macs(costs: Mapping[str, LayerCost], alive: Mapping[str, float]) -> int:
+    """Multiply-accumulates of one example's forward pass when layers are as dense as ``alive``
+    says, by name; costs: of :func:`layer_costs`, at whatever density they were counted."""
+    return sum(round(cost.dense * alive[name]) for name, cost in costs.items())
+
+
 class TrainingCost(NamedTuple):
     """FLOPs of a training run, and of the same run of the dense network."""
 
@@ -65,11 +103,15 @@ class TrainingCost(NamedTuple):
 
 
 def training_cost(
-    costs: dict[str, LayerCost], images: int, skipped_images: int, search_flops: int
+    macs: int, replaced_macs: int, dense_macs: int, search_flops: int
 ) -> TrainingCost:
     """3 forward passes' worth an image (Evci et al. 2020, appendix H), 2 for images of steps that
-    an update replaced, and what the searches did. With an exact search at every Delta T steps this
-    is RigL's (3 f_S Delta T + 2 f_S + f_D) / (Delta T + 1)."""
-    sparse = 2 * sum(cost.sparse for cost in costs.values())
-    dense = 2 * sum(cost.dense for cost in costs.values())
-    return TrainingCost(sparse * (3 * images - skipped_images) + search_flops, 3 * dense * images)
+    an update replaced, and what the searches did.
+
+    macs, replaced_macs, dense_macs: multiply-accumulates of one forward pass, summed over all
+    images of the run; over those of steps that an update replaced; of the dense network over all
+    images. With an exact search at every Delta T steps this is RigL's (3 f_S Delta T + 2 f_S +
+    f_D) / (Delta T + 1); with a dense gradient at every step, of which the alive weights' own is a
+    part, SNFS' 2 f_S + f_D.
+    """
+    return TrainingCost(2 * (3 * macs - replaced_macs) + search_flops, 6 * dense_macs)

@@ -20,6 +20,8 @@ class SparseLayer(nn.Module):
 
     values: Parameter (capacity, bh, bw); ``values[slot]`` is the block that the topology puts in
     that slot. Free slots and the padding of edge blocks are zero and get no gradient.
+    row_groups: the outputs are so many equal groups of rows, each drawn and updated with a budget
+    of its own, such as the query, key and value rows of every attention head; 1 for most layers.
     """
 
     values: nn.Parameter
@@ -27,6 +29,7 @@ class SparseLayer(nn.Module):
     topology: Topology
     # What growth.record takes it for.
     records_as: str
+    row_groups: int = 1
 
     def _build(
         self,
@@ -38,8 +41,9 @@ class SparseLayer(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
+        group = group_grid(grid, self.row_groups)
         if keys is None:
-            keys = sample_distinct(grid.size, alive_blocks(grid, density), generator)
+            keys = draw_keys(group, self.row_groups, density, generator)
         self.topology = Topology(grid, keys).to(device)
         shape = (self.topology.capacity, *grid.block)
         self.values = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
@@ -129,12 +133,35 @@ def alive_blocks(grid: Grid, density: float) -> int:
     return count
 
 
+def group_grid(grid: Grid, row_groups: int) -> Grid:
+    """The grid of each of ``row_groups`` groups of rows; InputError unless it is whole blocks."""
+    if row_groups == 1:
+        return grid
+    if row_groups < 1 or grid.n_out % (row_groups * grid.block[0]):
+        raise InputError(
+            f"row_groups {row_groups} must cut {grid.n_out} outputs into equal groups of whole "
+            f"blocks of {grid.block[0]}: choose another number or block, or 1"
+        )
+    return grid._replace(n_rows=grid.n_rows // row_groups, n_out=grid.n_out // row_groups)
+
+
+def draw_keys(
+    group: Grid, row_groups: int, density: float, generator: torch.Generator | None
+) -> Tensor:
+    """Keys of the alive blocks of a new topology, sorted int64: equally many, uniform at random, in
+    each of ``row_groups`` groups of rows. InputError where the density rounds to no block."""
+    count = alive_blocks(group, density)
+    drawn = [sample_distinct(group.size, count, generator) for _ in range(row_groups)]
+    return torch.cat([keys + group.size * at for at, keys in enumerate(drawn)])
+
+
 class SparseLinear(SparseLayer):
     """``nn.Linear`` with a sparse weight. x: (..., in_features) -> (..., out_features).
 
     density: share of the blocks alive at first, chosen uniformly with ``generator``; or keys: the
-    alive blocks as row * n_cols + col. block: (outputs, inputs) of a block. compute: ``dense``
-    scatters the weight for each product, ``sparse`` never does, ``auto`` picks the cheaper once.
+    alive blocks as row * n_cols + col. block: (outputs, inputs) of a block. row_groups: see
+    :class:`SparseLayer`; every group must be whole blocks. compute: ``dense`` scatters the weight
+    for each product, ``sparse`` never does, ``auto`` picks the cheaper once.
     """
 
     records_as = "linear"
@@ -148,6 +175,7 @@ class SparseLinear(SparseLayer):
         density: float = 0.1,
         keys: Tensor | None = None,
         block: Block = (1, 1),
+        row_groups: int = 1,
         compute: str = "auto",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
@@ -157,6 +185,7 @@ class SparseLinear(SparseLayer):
         if compute not in COMPUTE:
             raise InputError(f"compute {compute!r} is unknown: choose {', '.join(COMPUTE)}")
         self.in_features, self.out_features = in_features, out_features
+        self.row_groups = row_groups
         grid = Grid.of(out_features, in_features, 1, block)
         self._build(grid, density, keys, bias, generator, device, dtype)
         if compute == "auto":
@@ -179,6 +208,7 @@ class SparseLinear(SparseLayer):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, density={self.density:.4g}, compute={self.compute}"
+            + (f", row_groups={self.row_groups}" if self.row_groups > 1 else "")
         )
 
 

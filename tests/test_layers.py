@@ -241,3 +241,33 @@ def test_gradient_reaches_every_alive_weight(layer: SparseLayer) -> None:
     ones.set_weight(torch.ones(_dense_shape(layer)))
     inside: Tensor = ones.values.detach() != 0
     assert torch.equal(layer.values.grad != 0, inside)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (2, 3)])
+def test_groups_of_rows_start_with_equally_many_blocks(block: tuple[int, int]) -> None:
+    layer = SparseLinear(10, 24, density=0.3, block=block, row_groups=4)
+    assert layer.row_groups == 4 and "row_groups=4" in repr(layer)
+    grid = layer.topology.grid
+    per_group = torch.bincount(layer.topology.rows() // (grid.n_rows // 4), minlength=4)
+    assert per_group.tolist() == [round(0.3 * grid.size / 4)] * 4
+    assert SparseLinear(10, 24).row_groups == 1 == SparseConv2d(3, 4, 3).row_groups
+
+
+def test_one_group_is_drawn_as_ever() -> None:
+    plain, grouped = (
+        SparseLinear(9, 8, generator=torch.Generator().manual_seed(3), **options)
+        for options in ({}, {"row_groups": 1})
+    )
+    assert torch.equal(plain.topology.keys(), grouped.topology.keys())
+    assert torch.equal(plain.values, grouped.values)
+
+
+@pytest.mark.parametrize(
+    ("groups", "block"), [(0, (1, 1)), (-2, (1, 1)), (5, (1, 1)), (4, (4, 1)), (48, (1, 1))]
+)
+@pytest.mark.parametrize("keys", [None, torch.tensor([0])])
+def test_groups_that_are_not_whole_blocks_are_refused(
+    groups: int, block: tuple[int, int], keys: torch.Tensor | None
+) -> None:
+    with pytest.raises(InputError, match=f"row_groups {groups} must cut 24 outputs"):
+        SparseLinear(10, 24, keys=keys, block=block, row_groups=groups)

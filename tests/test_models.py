@@ -1,11 +1,17 @@
-"""The networks: published sizes, torchvision's AlexNet, names and their errors."""
+"""The networks: published shapes, torchvision's and timm's models, sparse steps, names and errors.
+
+The published sizes stand in test_golden_erk.py.
+"""
+
+import sys
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from dst.models import MODELS, build, describe
+import dst
+from dst.models import MODELS, build, check_name, describe
 from dst.models.wide_resnet import Block
 from growth.errors import InputError
 
@@ -14,36 +20,6 @@ def _meta(name: str, *, in_channels: int = 3, image_size: int = 32, classes: int
     """The model without storage, so that large ones cost nothing."""
     with torch.device("meta"):
         return build(name, in_channels=in_channels, image_size=image_size, classes=classes)
-
-
-def _weights_and_macs(model: nn.Module, image: Tensor) -> tuple[int, int]:
-    """Number of conv and linear weights, and multiply-adds they do for one ``image``."""
-    macs = 0
-
-    def count(module: nn.Conv2d | nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal macs
-        positions = output[0, 0].numel() if isinstance(module, nn.Conv2d) else 1
-        macs += module.weight.numel() * positions
-
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    for layer in layers:
-        layer.register_forward_hook(count)
-    model(image)
-    return sum(layer.weight.numel() for layer in layers), macs
-
-
-@pytest.mark.parametrize(
-    ("name", "weights", "macs"),
-    [
-        ("wrn-22-2", 1_076_912, 157.73e6),
-        ("wrn-16-8", 10_954_160, 1548.1e6),
-        ("wrn-28-10", 36_461_232, 5243.3e6),
-    ],
-)
-def test_wide_resnets_have_the_published_size(name: str, weights: int, macs: float) -> None:
-    counted = _weights_and_macs(_meta(name), torch.empty(1, 3, 32, 32, device="meta"))
-    assert counted[0] == weights
-    assert counted[1] == pytest.approx(macs, rel=5e-5)
 
 
 def test_wide_resnet_convolves_the_shortcut_only_where_the_shape_changes() -> None:
@@ -135,6 +111,15 @@ def test_small_alexnet_takes_backward_hooks_on_its_layers() -> None:
         ("alexnet-small", 1, 28),
         ("alexnet-small", 3, 32),
         ("alexnet-small", 1, 8),
+        ("resnet18", 3, 64),
+        ("resnet50", 1, 224),
+        ("resnet18-small", 1, 28),
+        ("resnet50-small", 3, 8),
+        ("vit-b-16", 3, 224),
+        ("vit-b-16", 1, 32),
+        ("vit-small", 1, 28),
+        ("vit-small", 3, 32),
+        ("mlp-group", 1, 28),
         ("mlp-7", 3, 32),
         ("mlp-300-100", 1, 28),
     ],
@@ -153,7 +138,151 @@ def test_mlp_layers() -> None:
     assert kinds == ["Flatten", *["Linear", "ReLU", "Dropout"] * 3, "Linear"]
 
 
-@pytest.mark.parametrize("name", ["wrn-10-1", "alexnet-small", "mlp-20-20"])
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [("mlp-group", [784, 128, 128, 256, 256, 512, 512, 10]), ("mlp-ticket", [784, 300, 100, 10])],
+)
+def test_perceptrons_of_the_papers(name: str, widths: list[int]) -> None:
+    model = _meta(name, in_channels=1, image_size=28)
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert [linear[0].in_features, *(m.out_features for m in linear)] == widths
+    assert not any(isinstance(m, nn.Conv2d) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vit_b_16"])
+def test_torchvisions_networks_are_taken_as_they_are(name: str) -> None:
+    ours = _meta(name.replace("_", "-"), image_size=224, classes=1000).state_dict()
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, name)(weights=None).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    grey = _meta(name.replace("_", "-"), image_size=224, classes=1000, in_channels=1).state_dict()
+    differing = {k for k, v in grey.items() if v.shape != theirs[k].shape}
+    assert differing == {"conv_proj.weight" if name.startswith("vit") else "conv1.weight"}
+
+
+def test_small_resnets_differ_in_the_stem_only_and_keep_4_x_4_positions() -> None:
+    small, large = _meta("resnet18-small"), _meta("resnet18", image_size=64).state_dict()
+    differing = [k for k, v in small.state_dict().items() if v.shape != large[k].shape]
+    assert differing == ["conv1.weight"]
+    seen: list[torch.Size] = []
+    small.get_submodule("layer4").register_forward_hook(lambda m, x, y: seen.append(y.shape))
+    small(torch.empty(1, 3, 32, 32, device="meta"))
+    assert seen == [(1, 512, 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "variance"),
+    [
+        ("resnet18", "conv1.weight", 2 / (64 * 49)),
+        ("resnet18-small", "conv1.weight", 2 / (64 * 9)),
+        ("vit-small", "conv_proj.weight", 1 / 16),
+    ],
+)
+def test_replaced_stems_are_initialised_as_torchvision_does(
+    name: str, stem: str, variance: float
+) -> None:
+    torch.manual_seed(0)
+    weight = build(name, in_channels=1, image_size=64, classes=2).get_parameter(stem)
+    assert weight.var().item() == pytest.approx(variance, rel=0.1)
+
+
+def test_small_vit() -> None:
+    model = _meta("vit-small", in_channels=1, image_size=28)
+    rows = {row.name: row.shape for row in dst.density_table(model)}
+    assert len(rows) == 1 + 6 * 4 + 1
+    assert rows["encoder.layers.encoder_layer_0.self_attention.in_proj"] == (576, 192)
+    assert rows["encoder.layers.encoder_layer_5.mlp.0"] == (768, 192)
+    assert model.get_parameter("encoder.pos_embedding").shape == (1, 49 + 1, 192)
+
+
+# timm's smallest: a plain one, and one whose attention has a joint projection.
+TIMM = ("timm:test_resnet", "timm:test_vit")
+
+
+@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize(("channels", "size"), [(1, 32), (3, 64)])
+def test_timms_models_take_our_images(name: str, channels: int, size: int) -> None:
+    pytest.importorskip("timm")
+    model = _meta(name, in_channels=channels, image_size=size, classes=7)
+    assert model.training
+    assert model(torch.empty(2, channels, size, size, device="meta")).shape == (2, 7)
+
+
+def test_every_head_of_timms_attention_is_sparse_by_itself() -> None:
+    pytest.importorskip("timm")
+    model = build("timm:test_vit", in_channels=1, image_size=32, classes=7)
+    dst.sparsify(model, density=0.2, skip=())
+    layer = dst.sparse_layers(model)["blocks.0.attn.qkv"]
+    heads = model.get_submodule("blocks.0.attn").num_heads
+    assert layer.row_groups == 3 * heads
+    rows = layer.topology.grid.n_rows // layer.row_groups
+    assert torch.bincount(layer.topology.rows() // rows).unique().numel() == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [
+        ("timm:resnett18", 32, "timm has no model 'resnett18': did you mean resnet18"),
+        ("timm:", 32, "timm has no model '': see timm.list_models"),
+        ("timm:resnet18.a1_in1k", 32, "did you mean resnet18"),
+        ("timm:test_vit", 0, "image_size 0"),
+        ("timm:vgg11", 4, "vgg11 does not take images of 3 channels and 4 px .*image-size"),
+    ],
+)
+def test_timms_models_that_cannot_be(name: str, size: int, said: str) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(InputError, match=said) as caught:
+        _meta(name, image_size=size)
+    assert "\n" not in str(caught.value)
+
+
+def test_timm_is_needed_for_its_models_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert check_name("timm:anything") == "timm"
+    with pytest.raises(InputError, match=r"'timm:resnet18' needs .* pip install 'sparsegrow\[timm"):
+        _meta("timm:resnet18")
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "size"),
+    [
+        ("resnet18-small", 1, 8),
+        ("vit-small", 1, 8),
+        ("mlp-group", 1, 8),
+        ("mlp-ticket", 1, 8),
+        *((name, 3, 32) for name in TIMM),
+    ],
+)
+def test_sparse_steps(name: str, channels: int, size: int) -> None:
+    """An update that grows in every layer by gradient, and a step with what was grown."""
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = build(name, in_channels=channels, image_size=size, classes=5)
+    dst.sparsify(model, density=0.1, distribution="erk")
+    assert dst.model_density(model) == pytest.approx(0.1, rel=0.02)
+    layers = dst.sparse_layers(model)
+    before = {n: layer.topology.keys() for n, layer in layers.items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    schedule = dst.UpdateSchedule(2, 100, 0.3, "constant")
+    updater = dst.TopologyUpdater(model, optimizer, dst.rigl(schedule))
+    images, labels = torch.randn(4, channels, size, size), torch.arange(4)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        assert updater.step() == (step == 1)
+        if step != 1:
+            optimizer.step()
+    assert bool(loss.isfinite())
+    for n, layer in layers.items():
+        assert layer.topology.alive == before[n].numel()
+        assert not torch.equal(layer.topology.keys(), before[n]), n
+
+
+@pytest.mark.parametrize(
+    "name", ["wrn-10-1", "alexnet-small", "mlp-20-20", "resnet18-small", "vit-small"]
+)
 def test_dropout_acts_in_training_only_and_adds_no_state(name: str) -> None:
     torch.manual_seed(0)
     sizes = {"in_channels": 1, "image_size": 8, "classes": 4}
@@ -162,6 +291,9 @@ def test_dropout_acts_in_training_only_and_adds_no_state(name: str) -> None:
     for module in (*model.modules(), *plain.modules()):
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.0  # so that training mode alone changes nothing
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight)  # a ViT's head starts at zero
+    plain.load_state_dict(model.state_dict())
     images = torch.randn(4, 1, 8, 8)
     with torch.no_grad():
         assert not torch.equal(model(images), model(images))
@@ -190,6 +322,11 @@ def test_dropout_acts_in_training_only_and_adds_no_state(name: str) -> None:
         ("alexnet-smal", "did you mean alexnet-small"),
         ("alexnett", "did you mean alexnet"),
         ("alexnet-small-2", "did you mean alexnet-small"),
+        ("resnet18-2", "did you mean resnet18"),
+        ("resnet101", "did you mean resnet"),
+        ("vit-b-32", "did you mean vit-b-16"),
+        ("mlp-groups", "mlp-W1-W2"),
+        ("tim:efficientnet", "did you mean timm:NAME"),
         ("", "give one of wrn-DEPTH-WIDTH, alexnet, "),
         ("qqq", "give one of wrn-DEPTH-WIDTH, alexnet, "),
     ],
@@ -207,6 +344,9 @@ def test_bad_names_are_refused(name: str, said: str) -> None:
         ({"name": "alexnet", "image_size": 62}, "62 px: use alexnet-small"),
         ({"name": "alexnet", "image_size": 64, "in_channels": 1}, "1 channels.*alexnet-small"),
         ({"name": "alexnet-small", "image_size": 7}, "at least 8 px, not of 7 px"),
+        ({"name": "resnet50", "image_size": 63}, "at least 64 px.*resnet50-small"),
+        ({"name": "vit-b-16", "image_size": 28}, "28 px are no multiple of: use --image-size"),
+        ({"name": "vit-small", "image_size": 30}, "30 px are no multiple of: use --image-size"),
         ({"in_channels": 0}, "in_channels 0"),
         ({"image_size": -1}, "image_size -1"),
         ({"classes": 0}, "classes 0"),
@@ -222,5 +362,9 @@ def test_bad_numbers_are_refused(change: dict[str, object], said: str) -> None:
 
 
 def test_describe_lists_every_model_in_one_line() -> None:
-    assert describe() == "wrn-DEPTH-WIDTH, alexnet, alexnet-small, mlp-W1-W2-..."
+    assert describe() == (
+        "wrn-DEPTH-WIDTH, alexnet, alexnet-small, resnet18, resnet50, resnet18-small, "
+        "resnet50-small, vit-b-16, vit-small, mlp-group, mlp-ticket, mlp-W1-W2-..., timm:NAME"
+    )
     assert all(model.form.startswith(key) for key, model in MODELS.items())
+    assert all(check_name(key) == key for key in MODELS)

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("dst", "growth", "triton_kernels")
 # Imported only where they are used, as none of them exists everywhere.
-OPTIONAL = ("faiss", "nmslib", "numba", "wandb", "triton")
+OPTIONAL = ("faiss", "nmslib", "numba", "timm", "triton", "wandb")
 # pip matches platform tags literally, so each manylinux up to torch's own is named.
 PLATFORMS = [
     f"manylinux{version}_x86_64"
@@ -58,7 +58,7 @@ def test_packages_and_extras(project: dict[str, Any]) -> None:
     found = project["tool"]["setuptools"]["packages"]["find"]["include"]
     assert {name.rstrip("*") for name in found} == set(PACKAGES)
     extras = project["project"]["optional-dependencies"]
-    assert set(extras) == {"cpu", "gpu", "wandb", "data", "dev"}
+    assert set(extras) == {"cpu", "gpu", "timm", "wandb", "data", "dev"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

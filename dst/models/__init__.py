@@ -5,12 +5,16 @@ its name (``16-8``), so that this file knows no network.
 """
 
 import difflib
+import re
 from typing import NamedTuple, Protocol
 
 from torch import nn
 
 from dst.models.alexnet import alexnet, alexnet_small
-from dst.models.mlp import mlp
+from dst.models.from_timm import timm_model
+from dst.models.mlp import mlp, mlp_group, mlp_ticket
+from dst.models.resnet import resnet18, resnet18_small, resnet50, resnet50_small
+from dst.models.vit import vit_b_16, vit_small
 from dst.models.wide_resnet import wide_resnet
 from growth.errors import InputError
 
@@ -24,7 +28,8 @@ class Builder(Protocol):
 
 
 class Model(NamedTuple):
-    """How users write the name, and what builds it. A form equal to the key has no suffix."""
+    """How users write the name, and what builds it. A form equal to the key has no suffix; in
+    others, one character parts it from the key."""
 
     form: str
     builder: Builder
@@ -34,7 +39,16 @@ MODELS: dict[str, Model] = {
     "wrn": Model("wrn-DEPTH-WIDTH", wide_resnet),
     "alexnet": Model("alexnet", alexnet),
     "alexnet-small": Model("alexnet-small", alexnet_small),
+    "resnet18": Model("resnet18", resnet18),
+    "resnet50": Model("resnet50", resnet50),
+    "resnet18-small": Model("resnet18-small", resnet18_small),
+    "resnet50-small": Model("resnet50-small", resnet50_small),
+    "vit-b-16": Model("vit-b-16", vit_b_16),
+    "vit-small": Model("vit-small", vit_small),
+    "mlp-group": Model("mlp-group", mlp_group),
+    "mlp-ticket": Model("mlp-ticket", mlp_ticket),
     "mlp": Model("mlp-W1-W2-...", mlp),
+    "timm": Model("timm:NAME", timm_model),
 }
 
 
@@ -71,14 +85,17 @@ def build(
 
 
 def check_name(name: str) -> str:
-    """The key of MODELS that ``name`` begins with; InputError where there is none."""
+    """The key of MODELS that ``name`` begins with; InputError where there is none. What stands
+    behind the key is the builder's to judge."""
+    if name in MODELS:
+        return name
     for key, model in MODELS.items():
-        if name == key or (model.form != key and name.startswith(f"{key}-")):
+        if model.form != key and name.startswith(model.form[: len(key) + 1]):
             return key
     # "wnr-16-8" is near to "wrn" by its head only, "alexnet-smal" to "alexnet-small" as a whole.
     near = [
         match
-        for wanted in (name.lower(), name.lower().partition("-")[0])
+        for wanted in (name.lower(), re.split("[-:]", name.lower())[0])
         for match in difflib.get_close_matches(wanted, MODELS, n=1)
     ]
     hint = f"did you mean {MODELS[near[0]].form}? Known are" if near else "give one of"

@@ -1,6 +1,7 @@
-"""Multilayer perceptron on flattened images."""
+"""Multilayer perceptrons on flattened images."""
 
 import re
+from functools import partial
 from itertools import pairwise
 
 from torch import nn
@@ -25,3 +26,20 @@ def mlp(
     for n_in, n_out in pairwise(widths):
         layers += [nn.Linear(n_in, n_out), nn.ReLU(), nn.Dropout(dropout)]
     return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
+
+
+def _published(
+    widths: str, suffix: str, *, in_channels: int, image_size: int, classes: int, dropout: float
+) -> nn.Sequential:
+    """The perceptron of a paper, whose name says no widths."""
+    return mlp(
+        widths, in_channels=in_channels, image_size=image_size, classes=classes, dropout=dropout
+    )
+
+
+# Hartenstein et al., "Weight Pruning for Deep Neural Networks on GPUs", table 2, on MNIST.
+mlp_group = partial(_published, "128-128-256-256-512-512")
+# Hu et al., "Techniques to Accelerate the Neural Networks", on EMNIST: "three dense layers" of
+# widths that the paper leaves open. These are LeNet-300-100's, which Frankle & Carbin, "The Lottery
+# Ticket Hypothesis", ICLR 2019, arXiv:1803.03635, found their tickets in.
+mlp_ticket = partial(_published, "300-100")
