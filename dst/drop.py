@@ -14,13 +14,14 @@ from torch import Tensor
 from growth.select import select_smallest
 
 
-def _block_norms(values: Tensor) -> Tensor:
+def block_norms(values: Tensor) -> Tensor:
+    """|w| of single weights, or the Frobenius norm of every block: (n,) of (n, bh, bw)."""
     return values.abs().view(-1) if values.shape[1:].numel() == 1 else values.flatten(1).norm(dim=1)
 
 
 def magnitude(values: Tensor, count: int) -> Tensor:
     """The smallest |w|, or the smallest Frobenius norm of a block (RigL; most later SET)."""
-    return select_smallest(_block_norms(values), count)
+    return select_smallest(block_norms(values), count)
 
 
 def signed_magnitude(values: Tensor, count: int) -> Tensor:
@@ -29,7 +30,7 @@ def signed_magnitude(values: Tensor, count: int) -> Tensor:
 
     The sign of a block is that of its sum.
     """
-    norms = _block_norms(values)
+    norms = block_norms(values)
     signs = values.flatten(1).sum(1).sign()
     zero = norms == 0
     signs = torch.where((signs == 0) & ~zero, torch.ones_like(signs), signs)

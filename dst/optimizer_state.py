@@ -36,7 +36,8 @@ def resize(layer: SparseLayer, optimizer: Optimizer | None, capacity: int) -> No
     """Reallocate the layer's values, and their optimizer state, to ``capacity`` slots.
 
     The only operation that moves values. Blocks keep their slots if those fit, and otherwise move
-    to the lowest slots in key order. The parameter object stays the same; its gradient is dropped.
+    to the lowest slots in key order. The parameter object stays the same, and its gradient moves
+    along.
 
     Raises InputError when fewer slots than alive blocks are asked for, an optimizer that does
     not hold the values, and state that is one flat vector.
@@ -65,12 +66,14 @@ def resize(layer: SparseLayer, optimizer: Optimizer | None, capacity: int) -> No
         for name, tensor in list(_own_state(optimizer, values)):
             start = fresh_state.get(name)
             optimizer.state[values][name] = moved(tensor, 0 if start is None else start)
+    gradient = None if values.grad is None else moved(values.grad)
     values.grad = None
     fresh_values = moved(values.data)
     # A graph that is still alive (the last loss) holds the node that accumulates the gradient, and
     # with it the old shape. PyTorch makes a new one only where the dtype changes on the way.
     values.data = values.data.to(torch.float32 if values.dtype == torch.float64 else torch.float64)
     values.data = fresh_values
+    values.grad = gradient
 
 
 def _own_state(optimizer: Optimizer, values: nn.Parameter) -> Iterator[tuple[str, Tensor]]:

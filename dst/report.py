@@ -83,6 +83,8 @@ def write(folder: Path) -> Path:
         "loss and accuracy": _plot(folder, "accuracy.png", 2, lambda a: _curves(a, epochs)),
         "density per layer": _plot(folder, "density.png", 1, lambda a: _density(a, epochs)),
     }
+    if len({line["density"] for line in updates}) > 1:
+        plots["density over the run"] = _plot(folder, "ramp.png", 1, lambda a: _ramp(a, updates))
     if updates:
         plots["explored connections"] = _plot(
             folder, "explored.png", 1, lambda a: _explored(a, updates)
@@ -149,6 +151,15 @@ def _density(axes: list[Axes], epochs: Lines) -> None:
     axis.set_xlim(0, 1)
     axis.set_xlabel("share of the weights alive at the end")
     axis.grid(alpha=0.3, axis="x")
+
+
+def _ramp(axes: list[Axes], updates: Lines) -> None:
+    axis = axes[0]
+    axis.plot([line["step"] for line in updates], [line["density"] for line in updates], marker=".")
+    axis.set_xlabel("step")
+    axis.set_ylabel("share of all weights alive after the update")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
 
 
 def _explored(axes: list[Axes], updates: Lines) -> None:

@@ -45,8 +45,17 @@ class UpdateSchedule:
 
     def recording(self, step: int) -> bool:
         """Whether the vectors of this step are searched by the next update."""
-        due = -(-step // self.interval) * self.interval
+        due = self.next_update(step)
         return self.due(due) and due - step < self.average
+
+    def next_update(self, step: int) -> int:
+        """The first multiple of the interval at or after this step; there may be no update."""
+        return -(-step // self.interval) * self.interval
+
+    @property
+    def last_update(self) -> int:
+        """The step of the last update, 0 where there is none."""
+        return (self.end - 1) // self.interval * self.interval
 
     def fraction_at(self, step: int) -> float:
         if self.decay == "cosine":

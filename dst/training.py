@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -100,7 +101,9 @@ def _join_workers(device: torch.device) -> bool:
 def _open_folder(config: Config) -> Path:
     """Make the run's folder and write its config; never touches a folder that is there."""
     out = Path(config.run.out)
-    base = config.run.name or f"{config.method}-{config.model}-{config.data.data}-{config.run.seed}"
+    unnamed = f"{config.method}-{config.model}-{config.data.data}-{config.run.seed}"
+    # timm:NAME and folder:PATH hold what no folder's name should.
+    base = config.run.name or re.sub(r"[^\w.-]+", "-", unnamed)
     if config.run.name is not None and Path(base).name != base:
         raise InputError(f"name {base!r} must be a folder's name; --out says where it stands")
     try:

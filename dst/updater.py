@@ -15,20 +15,22 @@ from torch.optim import Optimizer
 from dst.distributed import ReducedPairs, check_agreement, everywhere, world_size
 from dst.layers import SparseLayer, sparse_layers
 from dst.methods.base import Method, Unchanging
-from dst.optimizer_state import reset_slots
+from dst.optimizer_state import reset_slots, resize
 from dst.topology import Change
 from growth import InputError, Pairs, Recorder
 
 
 class Update(NamedTuple):
     """One topology update. grown: blocks newly grown in each layer. seconds: wall time of the
-    search and of the edits. flops: of the search."""
+    search and of the edits. flops: of the search. resized: whether the values of some layer were
+    reallocated; DistributedDataParallel must then be put around the model anew."""
 
     step: int
     grown: dict[str, int]
     search_seconds: float
     apply_seconds: float
     flops: int
+    resized: bool = False
 
 
 @dataclass
@@ -107,6 +109,11 @@ class TopologyUpdater:
         self.steps = 0
         self.skipped = 0
         self.last: Update | None = None
+        # What the method keeps from step to step, what that cost so far, and how long it took in
+        # the last step.
+        self.states: dict[str, Tensor] = {}
+        self.observed_flops = 0
+        self.observe_seconds = 0.0
         self._explored = {
             name: _Explored(layer.topology.keys()) for name, layer in self.layers.items()
         }
@@ -125,16 +132,21 @@ class TopologyUpdater:
     def step(self) -> bool:
         """Count a step and update the topology where one is due; see the class."""
         self.steps += 1
-        updated = False
-        if self.method.due(self.steps):
+        due, observes = self.method.due(self.steps), self.method.observes and self.recording
+        updated, self.observe_seconds = False, 0.0
+        if due or observes:
             start = time.perf_counter()
             records = self._records()
             self._check_recorded(records)
-            if self._all_finite(records):
+            finite = self._all_finite(records)
+            if observes and finite:
+                self._observe(records)
+                self.observe_seconds = time.perf_counter() - start
+                start = time.perf_counter()
+            if due and finite:
                 self._update(records, start)
                 updated = True
-            else:
-                self.skipped += 1
+            self.skipped += due and not finite
             self._recorder.clear()
         self._arm()
         return updated and self.method.skips_step
@@ -159,7 +171,9 @@ class TopologyUpdater:
         return {
             "steps": self.steps,
             "skipped": self.skipped,
+            "observed_flops": self.observed_flops,
             "explored": {name: explored.keys for name, explored in self._explored.items()},
+            "states": dict(self.states),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -170,6 +184,8 @@ class TopologyUpdater:
                 f"{sorted(set(state['explored']) ^ set(self.layers))} differ"
             )
         self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
+        self.observed_flops = int(state["observed_flops"])
+        self.states = {name: kept.to(self._device) for name, kept in state["states"].items()}
         for name, keys in state["explored"].items():
             device = self.layers[name].topology.cols.device
             self._explored[name] = _Explored(keys.to(device, torch.int64))
@@ -210,23 +226,33 @@ class TopologyUpdater:
         finite = all(bool(g.isfinite().all()) for g in gradients if g is not None)
         return everywhere(finite, device) and all(p.is_finite() for p in records.values())
 
+    def _observe(self, records: dict[str, Pairs]) -> None:
+        observed = self.method.observe(self.layers, records, self.states)
+        self.states = observed.states
+        self.observed_flops += observed.flops
+
     def _update(self, records: dict[str, Pairs], start: float) -> None:
-        changes = self.method.plan(self.layers, records, self.steps)
+        changes = self.method.plan(self.layers, records, self.steps, self.states)
         searched = time.perf_counter()
         check_agreement(changes, self._device)
-        for name, change in changes.items():
-            self._apply(name, change)
+        resized = [self._apply(name, change) for name, change in changes.items()]
         self.last = Update(
             self.steps,
             {name: change.grown.numel() for name, change in changes.items()},
             searched - start,
             time.perf_counter() - searched,
             sum(change.flops for change in changes.values()),
+            any(resized),
         )
 
     @torch.no_grad()
-    def _apply(self, name: str, change: Change) -> None:
+    def _apply(self, name: str, change: Change) -> bool:
+        """Returns whether the layer's values were reallocated."""
         layer = self.layers[name]
+        capacity = layer.topology.capacity
+        alive = layer.topology.alive - change.dropped.numel() + change.grown.numel()
+        if alive > capacity:
+            resize(layer, self.optimizer, alive)
         taken, freed = layer.topology.edit(change)
         slots = torch.cat([taken, freed])
         layer.values[freed] = 0
@@ -236,3 +262,7 @@ class TopologyUpdater:
             layer.values.grad[slots] = 0
         reset_slots(self.optimizer, layer.values, slots)
         self._explored[name].add(change.grown.to(layer.topology.cols.device))
+        # Free slots are kept for what may grow again, unless they are more than the alive ones.
+        if 2 * alive < layer.topology.capacity:
+            resize(layer, self.optimizer, alive)
+        return layer.topology.capacity != capacity

@@ -8,15 +8,25 @@ from growth.connections import Connections, Grid
 from growth.errors import InputError, MissingLibraryError
 from growth.exact import Exact
 from growth.faiss_search import Faiss
-from growth.pairs import ConvPairs, JoinedPairs, LinearPairs, NoVectors, Pairs
+from growth.momentum import Momentum
+from growth.pairs import (
+    ConvPairs,
+    JoinedPairs,
+    LinearPairs,
+    NoVectors,
+    Pairs,
+    RowPairs,
+    StoredGradient,
+)
 from growth.recorder import Recorder, record
-from growth.strategy import METRICS, Strategy
+from growth.strategy import METRICS, Observer, Strategy
 from growth.uniform import Random
 
 # One line a strategy: it then appears in --help and in the tests that every strategy must pass.
 STRATEGIES = {
     "exact": Exact,
     "faiss": Faiss,
+    "momentum": Momentum,
     "random": Random,
 }
 
@@ -32,10 +42,14 @@ __all__ = [
     "JoinedPairs",
     "LinearPairs",
     "MissingLibraryError",
+    "Momentum",
     "NoVectors",
+    "Observer",
     "Pairs",
     "Random",
     "Recorder",
+    "RowPairs",
+    "StoredGradient",
     "Strategy",
     "from_unfold_order",
     "record",

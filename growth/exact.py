@@ -30,6 +30,7 @@ class Exact:
     metric: str = "abs-ip"
     tile_floats: int = 4 << 20
     needs_pairs: ClassVar[bool] = True
+    observes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:

@@ -37,6 +37,7 @@ class Faiss:
     k_similar: float = 0.15
     metric: str = "abs-ip"
     needs_pairs: ClassVar[bool] = True
+    observes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 < self.k_similar <= 1:

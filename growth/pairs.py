@@ -210,6 +210,63 @@ class JoinedPairs(Pairs):
         return total
 
 
+class RowPairs(Pairs):
+    """The vectors of the outputs [start, stop) alone: one head of an attention layer."""
+
+    def __init__(self, whole: Pairs, start: int, stop: int) -> None:
+        if not 0 <= start < stop <= whole.n_out:
+            raise InputError(f"rows {start} to {stop} are not rows of {whole.n_out} outputs")
+        self.whole, self.start = whole, start
+        self.n_in, self.n_out, self.taps = whole.n_in, stop - start, whole.taps
+        self.samples = whole.samples
+
+    @property
+    def device(self) -> torch.device:
+        return self.whole.device
+
+    def is_finite(self) -> bool:
+        return self.whole.is_finite()
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, dz in self.whole.chunks():
+            yield x, dz[:, self.start : self.start + self.n_out]
+
+    def products(self, start: int, stop: int) -> Tensor:
+        return self.whole.products(self.start + start, self.start + stop)
+
+
+class StoredGradient(Pairs):
+    """A gradient that somebody already holds, in place of the vectors it came from.
+
+    gradient: (n_out, n_in), columns of a convolution in the order (kh, kw, C).
+    """
+
+    samples = 0
+
+    def __init__(self, gradient: Tensor, taps: int = 1) -> None:
+        if gradient.dim() != 2 or not gradient.is_floating_point() or gradient.numel() == 0:
+            raise InputError(
+                f"a gradient of shape {tuple(gradient.shape)} and {gradient.dtype} must be a "
+                "floating point matrix (n_out, n_in)"
+            )
+        self.gradient, self.taps = gradient, taps
+        self.n_out, self.n_in = gradient.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.gradient.device
+
+    def is_finite(self) -> bool:
+        return bool(self.gradient.isfinite().all())
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        raise InputError("a stored gradient has no vectors: search it by its products")
+
+    def products(self, start: int, stop: int) -> Tensor:
+        # A copy: whoever searches may write into the tile.
+        return self.gradient[start:stop].clone()
+
+
 class NoVectors(Pairs):
     """The sizes of a layer alone, for a strategy that looks at no vectors."""
 

@@ -17,10 +17,12 @@ class Strategy(Protocol):
     """A configured search for new connections.
 
     needs_pairs: False for a strategy that looks at no vectors, only at their sizes; nothing is
-    then recorded for it.
+    then recorded for it. observes: True for a strategy that must be shown the vectors of every
+    step, through ``observe(pairs, state) -> state``, and not those of the update alone.
     """
 
     needs_pairs: ClassVar[bool]
+    observes: ClassVar[bool]
 
     def __call__(
         self,
@@ -36,9 +38,18 @@ class Strategy(Protocol):
 
         pairs: the vectors of one layer, or two tensors x: (batch, n_in), dz: (batch, n_out).
         active: sorted int64 keys row * n_cols + col of the connections not to grow, in blocks.
-        generator: where random choices are drawn from (CPU). state: what a strategy of its own
-        kept from the last call for this layer.
+        generator: where random choices are drawn from (CPU). state: what ``observe`` returned
+        for this layer at the last step.
 
         Raises InputError on a query that cannot be answered (see ``check_query``).
         """
+        ...
+
+
+class Observer(Strategy, Protocol):
+    """A strategy that ``observes``."""
+
+    def observe(self, pairs: Pairs | tuple[Tensor, Tensor], state: Tensor | None) -> Tensor:
+        """What to keep after a step, from its vectors and what was kept before (None at first),
+        which may be overwritten."""
         ...

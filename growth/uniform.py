@@ -19,6 +19,7 @@ class Random:
     of ``pairs`` are not looked at, only their sizes."""
 
     needs_pairs: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
 
     def __call__(
         self,

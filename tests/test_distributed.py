@@ -34,7 +34,7 @@ from dst.topology import Change
 from growth import Exact, JoinedPairs, LinearPairs, Pairs, Random
 
 WORLD = 2
-TRAINED = ("rigl", "set", "similarity")
+TRAINED = ("rigl", "set", "similarity", "snfs")
 STEPS, GLOBAL_BATCH = 20, 8  # an update at every second step
 
 # name -> what a worker or the single process ended with
@@ -84,7 +84,10 @@ def _train(name: str) -> State:
         F.cross_entropy(network(x), y).backward()
         if not updater.step():
             optimizer.step()
-        updates += updater.last is not None and updater.last.step == step + 1
+        updated = updater.last is not None and updater.last.step == step + 1
+        updates += updated
+        if world_size() > 1 and updated and updater.last.resized:
+            network = DistributedDataParallel(model)
     return {**_found(model), "updates": updates}
 
 

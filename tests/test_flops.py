@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dst
-from dst.flops import LayerCost, layer_costs, training_cost
+from dst.flops import LayerCost, forward_macs, layer_costs, training_cost
 
 
 def test_multiply_accumulates_by_hand():
@@ -37,16 +37,39 @@ def test_a_layer_called_twice_counts_twice():
 def test_training_follows_the_rigl_paper():
     """(3 f_S dT + 2 f_S + f_D) / (dT + 1) an image, over a cycle of dT + 1 steps."""
     sparse, dense, interval, batch = 100, 1000, 99, 64
-    cost = training_cost(
-        {"layer": LayerCost(sparse, dense)},
-        images=batch * (interval + 1),
-        skipped_images=batch,
-        search_flops=2 * dense * batch,
-    )
+    images = batch * (interval + 1)
+    cost = training_cost(sparse * images, sparse * batch, dense * images, 2 * dense * batch)
     f_s, f_d = 2 * sparse, 2 * dense
     expected = (3 * f_s * interval + 2 * f_s + f_d) / (interval + 1)
-    assert cost.flops / (batch * (interval + 1)) == pytest.approx(expected)
-    assert cost.dense_flops == 3 * f_d * batch * (interval + 1)
+    assert cost.flops / images == pytest.approx(expected)
+    assert cost.dense_flops == 3 * f_d * images
+
+
+def test_momentum_counts_what_the_rigl_paper_does_for_snfs():
+    """2 f_S + f_D an image, from what the updater reports."""
+    torch.manual_seed(0)
+    model = dst.sparsify(
+        nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.Flatten(), nn.Linear(96, 4)),
+        density=0.25,
+        skip=(),
+    )
+    costs = layer_costs(model, torch.zeros(1, 2, 4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = dst.METHODS["snfs"].build(dst.UpdateSchedule(5, 100, 0.5), 0)
+    updater = dst.TopologyUpdater(model, optimizer, method)
+    for _ in range(4):
+        model(torch.randn(3, 2, 4, 4)).sum().backward()
+        updater.step()
+    f_s = 2 * sum(cost.sparse for cost in costs.values())
+    f_d = 2 * sum(cost.dense for cost in costs.values())
+    cost = training_cost(12 * f_s // 2, 0, 12 * f_d // 2, updater.observed_flops)
+    assert cost.flops == 12 * (2 * f_s + f_d)
+
+
+def test_forward_macs_at_another_density():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(128, 10))
+    costs = layer_costs(model, torch.zeros(1, 3, 4, 4))
+    assert forward_macs(costs, {"0": 0.5, "2": 0.25}) == 16 * 108 + 320
 
 
 def test_an_exact_search_counts_one_dense_gradient():

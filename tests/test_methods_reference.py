@@ -23,6 +23,7 @@ from dst import (
     rigl,
     sparse_evolutionary_training,
     sparse_layers,
+    sparse_momentum,
     sparsify,
 )
 from dst.drop import magnitude
@@ -259,6 +260,69 @@ def test_set_that_drops_by_magnitude_equals_the_reference() -> None:
     method = sparse_evolutionary_training(UpdateSchedule(INTERVAL, END, ALPHA), seed=5)
     method = dataclasses.replace(method, drop=magnitude)
     assert _train_both(method, _smallest, "mse", "sparse").tied_drops > 0
+
+
+def _deal(total: int, weights: list[float], limits: list[int]) -> list[int]:
+    """Largest remainders; layers that would overflow are filled, the others share what is left."""
+    exact = [total * w / sum(weights) for w in weights]
+    full = [i for i, e in enumerate(exact) if e >= limits[i]]
+    if full:
+        rest = [i for i in range(len(weights)) if i not in full]
+        left = total - sum(limits[i] for i in full)
+        inner = _deal(left, [weights[i] for i in rest], [limits[i] for i in rest])
+        return [limits[i] if i in full else inner[rest.index(i)] for i in range(len(weights))]
+    shares = [math.floor(e) for e in exact]
+    for i in sorted(range(len(exact)), key=lambda i: (shares[i] - exact[i], i)):
+        if sum(shares) < total:
+            shares[i] += 1
+    return shares
+
+
+def test_snfs_equals_the_reference() -> None:
+    """Dense momentum of all steps in NumPy; counts move between the layers."""
+    model = _network("sparse")
+    weights = _reference_of(model)
+    momenta = {name: np.zeros_like(layer.w) for name, layer in weights.items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
+    method = sparse_momentum(UpdateSchedule(INTERVAL, END, ALPHA))
+    updater = TopologyUpdater(model, optimizer, method)
+    random, grown_in_all, moved = np.random.default_rng(7), 0, False
+    for step in range(1, INTERVAL * 8 + 1):
+        x, y = random.standard_normal((8, 12)), random.standard_normal((8, 4))
+        optimizer.zero_grad()
+        F.mse_loss(model(torch.from_numpy(x)), torch.from_numpy(y)).backward()
+        assert not updater.step()
+        optimizer.step()
+
+        _, grads, bias_grads = _forward_backward(list(weights.values()), x, y, "mse")
+        grads = dict(zip(weights, grads, strict=True))
+        for name, grad in grads.items():
+            momenta[name] = 0.9 * momenta[name] + grad
+        if step % INTERVAL == 0:
+            share = ALPHA / 2 * (1 + math.cos(math.pi * step / END))
+            alive = {n: [int(i) for i in np.flatnonzero(la.mask)] for n, la in weights.items()}
+            count = {n: math.floor(share * len(alive[n])) for n in weights}
+            kept = {
+                n: sorted(set(alive[n]) - set(_smallest(la.w, alive[n], count[n])))
+                for n, la in weights.items()
+            }
+            means = [float(np.abs(momenta[n][alive[n]]).mean()) for n in weights]
+            room = [la.w.size - len(kept[n]) for n, la in weights.items()]
+            dealt = dict(zip(weights, _deal(sum(count.values()), means, room), strict=True))
+            moved |= dealt != count
+            for name, layer in weights.items():
+                grown = _largest_gradients(momenta[name])(kept[name], dealt[name])
+                grown_in_all += len(grown)
+                went_on = np.zeros_like(layer.mask)
+                went_on[[*kept[name], *(i for i in grown if i in alive[name])]] = 1
+                layer.mask = went_on.copy()
+                layer.mask[grown] = 1
+                layer.w, layer.v = layer.w * went_on, layer.v * went_on
+                grads[name] = grads[name] * went_on
+        for (name, layer), bias_grad in zip(weights.items(), bias_grads, strict=True):
+            layer.sgd(grads[name], bias_grad)
+        _assert_same(model, optimizer, weights)
+    assert moved and grown_in_all > 100
 
 
 def test_the_two_criteria_of_set_differ() -> None:

@@ -370,17 +370,17 @@ def test_resize_keeps_survivors_and_their_state(variant: Variant, block: int) ->
         scalars = {k: _copy(s) for k, s in state.items() if k not in dims}
         keys, output = layer.topology.keys(), layer.dense_weight()
         expected = {k: _by_key(layer, s) for k, s in dims.items()}
-        weights = _by_key(layer, parameter)
+        weights, gradient = _by_key(layer, parameter), _by_key(layer, parameter.grad)
         last_loss = _loss(model, 50)  # kept alive, as in any training loop
         resize(layer, optimizer, capacity)
         del last_loss
         assert layer.values is parameter and parameter.shape == (capacity, block, block)
-        assert parameter.grad is None
+        assert _by_key(layer, parameter.grad) == gradient
         assert torch.equal(layer.topology.keys(), keys)
         assert torch.equal(layer.dense_weight(), output)
         assert _by_key(layer, parameter) == weights
         free = layer.topology.free_slots()
-        assert not parameter[free].any()
+        assert not parameter[free].any() and not parameter.grad[free].any()
         after = optimizer.state.get(parameter, {})
         assert after.keys() == state.keys()
         for k in dims:

@@ -1,6 +1,6 @@
 """The methods by name."""
 
-from dst.methods import dense, rigl, set, similarity, static
+from dst.methods import dense, rigl, set, similarity, snfs, static
 from dst.methods.base import DropGrow, Method, MethodEntry, Unchanging, UpdateDefaults
 
 # One line a method: it then appears in --help and in the tests that every method must pass.
@@ -9,6 +9,7 @@ METHODS: dict[str, MethodEntry] = {
     "static": static.ENTRY,
     "set": set.ENTRY,
     "rigl": rigl.ENTRY,
+    "snfs": snfs.ENTRY,
     "similarity": similarity.ENTRY,
 }
 

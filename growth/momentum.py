@@ -1,0 +1,77 @@
+"""Growth by momentum: the largest entries of a decayed average of the whole gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from growth.connections import Block, Connections
+from growth.errors import InputError
+from growth.exact import Exact
+from growth.pairs import Pairs, StoredGradient, as_pairs
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """The ``count`` largest |M|, where M <- decay * M + G at every step.
+
+    This is what "Sparse networks from scratch" (Dettmers & Zettlemoyer 2019) grows by. M is as
+    large as the dense weight, and every step costs a dense weight gradient: the only strategy that
+    holds a dense matrix, here to be compared with.
+
+        state = None
+        for x, y in batches:                      # inside ``with growth.record(model) as records``
+            criterion(model(x), y).backward()
+            state = strategy.observe(records["fc1"], state)
+            records.clear()
+        new = strategy(records_of_the_last_step, count, active, state=state)
+
+    decay: in [0, 1); 0 is the gradient of the last step.
+    """
+
+    decay: float = 0.9
+    needs_pairs: ClassVar[bool] = True
+    observes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise InputError(f"momentum decay {self.decay} must lie in [0, 1)")
+
+    def observe(self, pairs: Pairs | tuple[Tensor, Tensor], state: Tensor | None) -> Tensor:
+        """M after this step, (n_out, n_in). ``state`` is M before it, None at first, and is
+        overwritten."""
+        pairs = as_pairs(pairs)
+        gradient = pairs.products(0, pairs.n_out)
+        if state is None:
+            return gradient
+        if state.shape != gradient.shape:
+            raise InputError(
+                f"the momentum has shape {tuple(state.shape)}, but the layer has "
+                f"{tuple(gradient.shape)}: it is another layer's"
+            )
+        return state.mul_(self.decay).add_(gradient)
+
+    def __call__(
+        self,
+        pairs: Pairs | tuple[Tensor, Tensor],
+        count: int,
+        active: Tensor,
+        *,
+        block: Block = (1, 1),
+        generator: torch.Generator | None = None,
+        state: Any = None,
+    ) -> Connections:
+        """Without a state, the gradient of ``pairs`` alone is searched."""
+        pairs = as_pairs(pairs)
+        if state is None:
+            return Exact()(pairs, count, active, block=block)
+        held = StoredGradient(state, pairs.taps)
+        if (held.n_out, held.n_in) != (pairs.n_out, pairs.n_in):
+            raise InputError(
+                f"the momentum has shape {tuple(state.shape)}, but the layer has "
+                f"{(pairs.n_out, pairs.n_in)}: it is another layer's"
+            )
+        return Exact()(held, count, active, block=block)
