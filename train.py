@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import tyro
 
 try:
+    from dst import presets
     from dst.config import Config, from_json
     from dst.errors import StoppedError
     from dst.training import run
@@ -43,8 +44,14 @@ def main() -> None:
 
 
 def parse(argv: list[str]) -> Config:
-    """Flags on top of the defaults, of ``--config FILE``, or of the run that ``--resume`` names."""
+    """Flags on top of the defaults, of ``--preset NAME``, of ``--config FILE``, or of the run that
+    ``--resume`` names."""
     config = parse_flags(argv, Config())
+    if config.preset is not None and config.run.config is not None:
+        raise InputError(
+            f"--preset={config.preset} and --config={config.run.config} both say what the other "
+            "flags start from: give one of them"
+        )
     if config.run.resume is not None:
         folder = Path(config.run.resume)
         if not (folder / "config.json").is_file():
@@ -62,6 +69,8 @@ def parse(argv: list[str]) -> Config:
         # The stored name is that of the run it came from.
         unnamed = dataclasses.replace(stored.run, name=None)
         config = parse_flags(argv, dataclasses.replace(stored, run=unnamed))
+    elif config.preset is not None:
+        config = parse_flags(argv, presets.apply(config.preset, Config()))
     return config
 
 

@@ -17,11 +17,15 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from dst.convert import INITS
 from dst.data import AUGMENTATIONS, DATASETS
+from dst.data.drawn import HARDEST
 from dst.distributions import DISTRIBUTIONS
 from dst.drop import CRITERIA
 from dst.methods import METHODS
 from dst.methods.base import GROWN_INITS
 from dst.models import check_name, describe
+from dst.presets import PRESETS
+from dst.ramp import RAMPS
+from dst.redistribute import REDISTRIBUTIONS
 from dst.schedules import DECAYS, LR_SCHEDULES
 from growth import METRICS, STRATEGIES, InputError
 from triton_kernels import COMPUTE
@@ -46,6 +50,7 @@ def _own(field_name: str) -> str:
     return ", ".join(f"{name} {getattr(own, field_name)}" for name, own in entries.items())
 
 
+_PRESETS = "; ".join(f"{name} ({preset.summary})" for name, preset in PRESETS.items())
 _METHODS = "; ".join(f"{name} ({entry.summary})" for name, entry in METHODS.items())
 
 
@@ -55,6 +60,11 @@ class SparsityConfig:
 
     density: float = 0.1
     """Share of weights alive, in (0, 1)."""
+    density_start: Annotated[float | None, _open("--density", "FLOAT")] = None
+    """Density at the start, in (0, 1], of a ramp that updates lead down or up to --density."""
+    density_ramp: Annotated[str, arg(help=f"Course of that ramp: {_names(RAMPS)}.")] = "cubic"
+    density_ramp_end: Annotated[float | None, _open("the last update", "FLOAT")] = None
+    """Share of the run after which --density is reached, in (0, 1]."""
     distribution: Annotated[str, arg(help=f"Density per layer: {_names(DISTRIBUTIONS)}.")] = "erk"
     block: Annotated[str, arg(metavar="N|HxW")] = "1"
     """Block of weights that live and die together: outputs x inputs (channels at one tap)."""
@@ -79,6 +89,8 @@ class GrowthConfig:
     metric: Annotated[str, arg(help=f"Similarity of vectors: {_names(METRICS)}.")] = "abs-ip"
     k_similar: float = 0.15
     """Share of the activation vectors that each query of an index returns."""
+    momentum: float = 0.9
+    """Decay of the gradients' sum that growth momentum searches."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +123,14 @@ class UpdateConfig:
             metavar="STR",
         ),
     ] = None
+    redistribute: Annotated[
+        str | None,
+        arg(
+            help=f"Move connections to layers of a large mean: {_names(REDISTRIBUTIONS)}.",
+            help_behavior_hint="(default: none; momentum in snfs)",
+            metavar="STR",
+        ),
+    ] = None
     regrow: bool = True
     """Whether a connection dropped in an update may be grown in the same one."""
     keep_regrown: bool = True
@@ -129,6 +149,10 @@ class DataConfig:
     """Folder of data sets that no package ships."""
     download: bool = False
     """Fetch the data set into that folder if it is missing."""
+    data_difficulty: float = 1.0
+    """How hard the images of strokes are: 0 (clean shapes) to 3."""
+    image_size: Annotated[int | None, _open("the data's own; 224 of folders", "INT")] = None
+    """Height and width that images are resized to."""
     val_size: Annotated[int | None, _open("the data set's", "INT")] = None
     """Training images held out for validation; 0: none."""
     split_seed: int = 0
@@ -204,6 +228,14 @@ class RunConfig:
 class Config:
     """Train a sparse network. With no flags: a WideResNet at density 0.1 on 5,000 MNIST images."""
 
+    preset: Annotated[
+        str | None,
+        arg(
+            help=f"Start from a paper's settings; flags win over them: {_PRESETS}.",
+            help_behavior_hint="(default: none)",
+            metavar="STR",
+        ),
+    ] = None
     method: Annotated[str, arg(help=f"{_METHODS}.")] = "similarity"
     model: Annotated[str, arg(help=f"Network: {describe()}.")] = "wrn-16-1"
     dropout: float = 0.0
@@ -219,6 +251,8 @@ class Config:
 def check(config: Config) -> None:
     """Refuse what cannot be, before anything is built. Raises InputError."""
     choose("method", config.method, METHODS)
+    if config.preset is not None:
+        choose("preset", config.preset, PRESETS)
     check_name(config.model)
     entry = METHODS[config.method]
     sparsity, growth, update = config.sparsity, config.growth, config.update
@@ -227,14 +261,26 @@ def check(config: Config) -> None:
     choose("compute", sparsity.compute, COMPUTE)
     block = parse_block(sparsity.block)
     _number("density", sparsity.density, above=0, below=1)
+    choose("density-ramp", sparsity.density_ramp, RAMPS)
+    if sparsity.density_start is not None:
+        _number("density-start", sparsity.density_start, above=0, most=1)
+    if sparsity.density_ramp_end is not None:
+        _number("density-ramp-end", sparsity.density_ramp_end, above=0, most=1)
     choose("growth", growth.strategy, ("auto", *STRATEGIES))
     choose("growth.metric", growth.metric, METRICS)
     _number("growth.k-similar", growth.k_similar, above=0, most=1)
+    _number("growth.momentum", growth.momentum, least=0, below=1)
     if growth.strategy not in ("auto", *entry.growths):
         able = ", ".join(entry.growths) or "nothing"
         raise InputError(
             f"method {config.method} grows by {able}, not by {growth.strategy}: leave --growth "
             "away or use --method similarity"
+        )
+    searches = entry.growths[:1] if growth.strategy == "auto" else (growth.strategy,)
+    if update.redistribute == "momentum" and entry.growths and searches != ("momentum",):
+        raise InputError(
+            "redistribute momentum needs the momentum that growth momentum keeps: use "
+            "--method snfs or --method similarity --growth momentum"
         )
     if entry.growths and block != (1, 1):
         if growth.strategy == "faiss":
@@ -252,6 +298,7 @@ def check(config: Config) -> None:
     for name, value, choices in (
         ("update-decay", update.update_decay, DECAYS),
         ("drop", update.drop, CRITERIA),
+        ("redistribute", update.redistribute, REDISTRIBUTIONS),
     ):
         if value is not None:
             choose(name, value, choices)
@@ -264,6 +311,9 @@ def check(config: Config) -> None:
 def _check_training(config: Config) -> None:
     data, training, run = config.data, config.training, config.run
     choose("data", data.data, DATASETS)
+    _number("data-difficulty", data.data_difficulty, least=0, most=HARDEST)
+    if data.image_size is not None:
+        _number("image-size", data.image_size, least=1, most=4096)
     choose("augment", data.augment, ("auto", *AUGMENTATIONS))
     _number("epochs", training.epochs, least=1)
     _number("batch", data.batch, least=1)

@@ -8,7 +8,18 @@ import json
 import pytest
 
 import train
-from dst.config import Config, check, from_json, parse_block, parse_interval, parse_skip, to_json
+from dst.config import (
+    Config,
+    DataConfig,
+    check,
+    from_json,
+    parse_block,
+    parse_interval,
+    parse_skip,
+    to_json,
+)
+from dst.presets import PRESETS
+from dst.recipes.sparse import build_method
 from growth import InputError
 
 
@@ -126,6 +137,15 @@ def test_an_int_where_a_float_belongs_is_a_float(tmp_path):
         (["--seed=-1"], "seed -1"),
         (["--wandb=yes"], "wandb 'yes'"),
         (["--workers=-1"], "workers"),
+        (["--density-start=1.5"], "density-start 1.5"),
+        (["--density-ramp=square"], "density-ramp 'square'"),
+        (["--density-ramp-end=0"], "density-ramp-end"),
+        (["--redistribute=size"], "redistribute 'size'"),
+        (["--redistribute=momentum"], "use --method snfs or"),
+        (["--method=rigl", "--redistribute=momentum"], "use --method snfs or"),
+        (["--method=snfs", "--growth=exact"], "snfs grows by momentum"),
+        (["--growth.momentum=1"], "growth.momentum"),
+        (["--preset=itop"], "preset 'itop' is unknown"),
     ],
 )
 def test_refusals(flags, words):
@@ -147,6 +167,46 @@ def test_complaints_of_the_parser_are_one_line(flags, words):
     with pytest.raises(InputError, match=words) as caught:
         train.parse(flags)
     assert "\n" not in str(caught.value) and "│" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_configs_that_flags_win_over(name, tmp_path):
+    config = train.parse([f"--preset={name}"])
+    check(config)
+    for option, value in PRESETS[name].options.items():
+        found = config
+        for part in option.split("."):
+            found = getattr(found, part)
+        assert found == value, option
+    assert (config.model, config.data.data) == (Config().model, Config().data.data)
+    other = train.parse(["--epochs=3", f"--preset={name}", "--density=0.3"])
+    assert other.training.epochs == 3 and other.sparsity.density == 0.3
+    assert other.update == config.update
+    # What a run writes says everything by itself.
+    (tmp_path / "config.json").write_text(to_json(other))
+    assert train.parse([f"--config={tmp_path / 'config.json'}"]) == dataclasses.replace(
+        other, run=dataclasses.replace(other.run, config=str(tmp_path / "config.json"))
+    )
+
+
+def test_presets_are_the_papers_settings():
+    itop = train.parse(["--preset=itop-rigl"])
+    assert itop.method == "rigl" and itop.sparsity.distribution == "erk"
+    assert itop.update.update_interval == "4000" and itop.update.update_fraction == 0.5
+    assert (itop.data.batch, itop.training.epochs, itop.training.lr) == (128, 250, 0.1)
+    assert train.parse(["--preset=itop-set"]).update.update_interval == "1500"
+    thesis = train.parse(["--preset=similarity-step"])
+    method = build_method(dataclasses.replace(thesis, data=DataConfig(batch=256)), 196)
+    assert method.schedule.interval == 1 and not method.skips_step
+    assert {method.schedule.fraction_at(step) for step in (1, 5000, 13_719)} == {0.01}
+    assert method.due(13_719)
+    assert thesis.sparsity.skip == "none" and thesis.sparsity.distribution == "uniform"
+
+
+def test_a_preset_and_a_config_are_one_too_many(tmp_path):
+    (tmp_path / "config.json").write_text(to_json(Config()))
+    with pytest.raises(InputError, match="give one of them"):
+        train.parse(["--preset=itop-set", f"--config={tmp_path / 'config.json'}"])
 
 
 def test_small_parsers():

@@ -18,11 +18,14 @@ import torch
 import dst
 import train
 from dst import checkpoint, tracking
-from dst.data import eval_batches, load
+from dst.data import AUGMENTATIONS, DATASETS, eval_batches, load
 from dst.methods import METHODS
 from dst.models import build
+from dst.presets import PRESETS
 from dst.recipes.session import CHECKPOINT
+from dst.redistribute import REDISTRIBUTIONS
 from dst.training import run
+from growth import STRATEGIES
 
 ROOT = Path(train.__file__).parent
 # 1297 training images of 8 x 8: 20 steps of 64 an epoch.
@@ -72,7 +75,8 @@ def test_every_method_trains_the_default_model_20_steps(tmp_path, method):
     losses = [line["train"]["loss"] for line in lines if line["kind"] == "epoch"]
     assert len(losses) == 1 and losses[0] < 3.0
     updates = [line for line in lines if line["kind"] == "update"]
-    assert len(updates) == (0 if METHODS[method].defaults is None else 2 + (method == "set"))
+    defaults = METHODS[method].defaults
+    assert len(updates) == (0 if defaults is None else 2 + (defaults.end == 1.0))
     if method == "dense":
         assert summary.density == 1.0 and summary.inference_flops == summary.dense_inference_flops
     else:
@@ -87,18 +91,31 @@ def test_every_method_trains_the_default_model_20_steps(tmp_path, method):
         assert summary.training_flops != static
 
 
+def _alexnet():
+    """With a narrow classifier: its own 54 of 57 million weights would take minutes."""
+    with torch.device("meta"):
+        model = build("alexnet-small", in_channels=1, image_size=8, classes=10)
+        for at, n_in, n_out in ((1, 9216, 64), (4, 64, 64), (6, 64, 10)):
+            model.classifier[at] = torch.nn.Linear(n_in, n_out)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return model
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_alexnet_20_steps(method):
-    """57 million weights: a loop without evaluation, checkpoint and report is slow enough."""
+def test_every_method_trains_alexnet(method):
+    """Two updates and steps after them, without evaluation, checkpoint and report."""
     entry = METHODS[method]
     data = load("digits", data_dir="")
-    model = build("alexnet-small", in_channels=1, image_size=8, classes=10)
+    model = _alexnet()
     if entry.sparse:
         model = dst.sparsify(model, density=0.1, distribution="erk")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    updater = dst.TopologyUpdater(model, optimizer, entry.build(dst.UpdateSchedule(8, 20, 0.3), 0))
+    updater = dst.TopologyUpdater(model, optimizer, entry.build(dst.UpdateSchedule(3, 8, 0.3), 0))
     losses = []
-    for images, labels in itertools.islice(eval_batches(data.train, data, 8), 20):
+    for images, labels in itertools.islice(eval_batches(data.train, data, 4), 7):
         loss = torch.nn.functional.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -107,7 +124,7 @@ def test_every_method_trains_alexnet_20_steps(method):
         losses.append(loss.item())
     assert all(loss < 3.0 for loss in losses)
     if entry.defaults is not None:
-        assert updater.last.step == 16 and sum(updater.last.grown.values()) > 1000
+        assert updater.last.step == 6 and sum(updater.last.grown.values()) > 1000
     if entry.sparse:
         assert abs(dst.model_density(model) - 0.1) < 1e-3
 
@@ -129,6 +146,21 @@ def test_the_report_and_its_plots(tmp_path):
     again = run(train.parse([f"--config={folder / 'config.json'}", "--name=again"]))
     assert again.test_loss == summary.test_loss
     assert_same_run(folder, tmp_path / "again")
+
+
+def test_a_ramp_counts_what_was_alive_at_each_step(tmp_path):
+    """From dense to .1: the FLOPs lie between those of the two, and follow the recorded density."""
+    flags = ["--density-start=1", "--density=0.1", "--update-interval=4", "--distribution=uniform"]
+    summary = go(tmp_path, *flags, "--skip=none", "--name=ramp")
+    lines = [line for line in tracking.read(tmp_path / "ramp") if line["kind"] == "update"]
+    # 12 steps before the last update: at every fourth one the density falls, from 1 at first.
+    alive = [1.0] * 4 + [line["density"] for line in lines for _ in range(4)]
+    assert abs(alive[-1] - 0.1) < 1e-3
+    share = sum([*alive, *[alive[-1]] * 20][:20]) / 20
+    searched = summary.training_flops / summary.dense_training_flops - share
+    # Three searches, each a third of a dense step.
+    assert searched == pytest.approx(len(lines) / 3 / 20, abs=2e-3)
+    assert "density over the run" in (tmp_path / "ramp" / "report.md").read_text().lower()
 
 
 def test_folders_are_numbered_and_never_overwritten(tmp_path, monkeypatch, capsys):
@@ -160,14 +192,22 @@ RESUMED = [
 ]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_killed_in_mid_epoch_and_resumed_is_bit_for_bit(tmp_path, optimizer):
-    flags = [*RESUMED, f"--out={tmp_path}", f"--optimizer={optimizer}", "--lr=0.01"]
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--optimizer=sgd"],
+        ["--optimizer=adamw"],
+        # Dense momentum, counts that move between layers, and fewer from update to update.
+        ["--method=snfs", "--density=0.1", "--density-start=0.7", "--density-ramp=linear"],
+    ],
+    ids=["sgd", "adamw", "snfs"],
+)
+def test_killed_in_mid_epoch_and_resumed_is_bit_for_bit(tmp_path, more):
+    flags = [*RESUMED, f"--out={tmp_path}", "--lr=0.01", *more]
 
-    def start(*more):
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *more], cwd=tmp_path, stdout=subprocess.DEVNULL
-        )
+    def start(*words):
+        command = [sys.executable, str(ROOT / "train.py"), *words]
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
 
     killed = start(*flags, "--name=killed")
     whole = tmp_path / "whole"
@@ -347,8 +387,9 @@ def test_help_names_every_method_and_growth(capsys, monkeypatch):
         train.main()
     words = capsys.readouterr().out
     assert stop.value.code in (0, None) and status == 0
-    for word in [*METHODS, "exact", "faiss", "random", "--growth.k-similar", "erk", "mnist-5k"]:
-        assert word in words
+    wanted = [*METHODS, *STRATEGIES, *PRESETS, *REDISTRIBUTIONS, *DATASETS, *AUGMENTATIONS]
+    for word in [*wanted, "--growth.k-similar", "erk", "timm:NAME"]:
+        assert word in words, word
 
 
 def test_a_real_process_prints_one_line_and_no_traceback(tmp_path):

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +17,21 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from dst import checkpoint
 from dst.config import Config, parse_block, parse_interval, parse_shares, parse_skip
-from dst.convert import density_table, model_density, sparsify
+from dst.convert import density_ramp, density_table, model_density, sparsify
 from dst.data import Dataset, Split, eval_batches, load, steps_per_epoch, train_loader
 from dst.distributed import ignore_topology, rank, world_size
 from dst.drop import CRITERIA
 from dst.errors import StoppedError
-from dst.flops import layer_costs, training_cost
+from dst.flops import forward_macs, layer_costs, training_cost
 from dst.layers import SparseLinear
 from dst.methods import METHODS, DropGrow, Method
 from dst.models import build
+from dst.optimizer_state import resize
 from dst.progress import ProgressBar
 from dst.recipes.session import Session
 from dst.report import Summary, announce, write
 from dst.schedules import LearningRate, UpdateSchedule
+from dst.topology import Change
 from dst.updater import TopologyUpdater
 from growth import STRATEGIES, InputError
 
@@ -47,15 +49,18 @@ def sparse(session: Session) -> Summary:
         config.data.data,
         data_dir=config.data.data_dir,
         download=config.data.download,
+        difficulty=config.data.data_difficulty,
         split_seed=config.data.split_seed,
         val_size=config.data.val_size,
+        image_size=config.data.image_size,
     )
     steps = steps_per_epoch(data.train, config.data.batch)
     total = steps * config.training.epochs
     rate = _learning_rate(config, total)
     method = build_method(config, steps)
     torch.manual_seed(config.run.seed)
-    model = _model(config, data, device)
+    model = _model(config, data, device, ramps=isinstance(method, DropGrow))
+    method = _with_ramp(config, method, model, total)
     if config.training.channels_last:
         model = model.to(memory_format=torch.channels_last)
     example = torch.zeros(1, data.in_channels, data.image_size, data.image_size, device=device)
@@ -101,13 +106,14 @@ def build_method(config: Config, steps: int) -> Method:
         "regrow": update.regrow,
         "keep_regrown": update.keep_regrown,
         "grown_init": update.grown_init,
+        "growth": _strategy(config, entry.growths[0]),
     }
+    if update.redistribute is not None:
+        chosen["redistribute"] = update.redistribute
     if update.drop is not None:
         chosen["drop"] = CRITERIA[update.drop]
     if update.update_skips_step is not None:
         chosen["skips_step"] = update.update_skips_step
-    if config.method == "similarity":
-        chosen["growth"] = _strategy(config)
     if chosen.get("skips_step", method.skips_step) and interval == 1:
         raise InputError(
             "an update at every step that replaces the optimizer's step trains nothing: raise "
@@ -116,18 +122,43 @@ def build_method(config: Config, steps: int) -> Method:
     return dataclasses.replace(method, **chosen)
 
 
-def _strategy(config: Config) -> Any:
-    """The growth strategy, with those of the options that it has."""
-    name = "exact" if config.growth.strategy == "auto" else config.growth.strategy
-    kind = STRATEGIES[name]
+def _strategy(config: Config, own_name: str) -> Any:
+    """The growth strategy, with those of the options that it has. own_name: the method's."""
+    growth = config.growth
+    kind = STRATEGIES[own_name if growth.strategy == "auto" else growth.strategy]
     own = {field.name for field in dataclasses.fields(kind)}
-    options = {"metric": config.growth.metric, "k_similar": config.growth.k_similar}
+    options = {"metric": growth.metric, "k_similar": growth.k_similar, "decay": growth.momentum}
     return kind(**{key: value for key, value in options.items() if key in own})
 
 
-def _model(config: Config, data: Dataset, device: torch.device) -> nn.Module:
+def _with_ramp(config: Config, method: Method, model: nn.Module, total: int) -> Method:
+    """The method with the density ramp of a config, if there is one. total: steps of the run."""
+    sparsity = config.sparsity
+    if sparsity.density_start is None or not isinstance(method, DropGrow):
+        return method
+    last = method.schedule.last_update
+    if last < 1:
+        raise InputError(
+            f"density-start {sparsity.density_start} needs updates to reach density "
+            f"{sparsity.density}, and there are none: lower --update-interval"
+        )
+    end = last
+    if sparsity.density_ramp_end is not None:
+        end = min(last, max(1, round(sparsity.density_ramp_end * total)))
+    ramp = density_ramp(
+        model,
+        to=sparsity.density,
+        end=end,
+        distribution=sparsity.distribution,
+        shape=sparsity.density_ramp,
+    )
+    return dataclasses.replace(method, ramp=ramp)
+
+
+def _model(config: Config, data: Dataset, device: torch.device, ramps: bool) -> nn.Module:
     """Built on the CPU, so that its weights are the same for every device; made sparse on the
-    device, for which the products' way of computing is chosen."""
+    device, for which the products' way of computing is chosen. ramps: whether the method can lead
+    one density to another."""
     model = build(
         config.model,
         in_channels=data.in_channels,
@@ -138,9 +169,11 @@ def _model(config: Config, data: Dataset, device: torch.device) -> nn.Module:
     if not METHODS[config.method].sparse:
         return model
     sparsity = config.sparsity
+    start = sparsity.density_start if ramps else None
     return sparsify(
         model,
-        density=sparsity.density,
+        density=sparsity.density if start is None else start,
+        ramp_to=None if start is None else sparsity.density,
         distribution=sparsity.distribution,
         block=parse_block(sparsity.block),
         skip=parse_skip(sparsity.skip),
@@ -193,12 +226,22 @@ class _Run:
     ) -> None:
         self.session, self.data, self.model = session, data, model
         self.optimizer, self.scaler, self.updater = optimizer, scaler, updater
-        self.example = example
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
         self.step = 0
-        self.replaced_steps = 0
-        self.search_flops = 0
-        self.density = model_density(model)
+        try:
+            self.costs = layer_costs(model, example)
+        except AttributeError as error:
+            if not updater.layers:
+                raise
+            raise InputError(
+                f"model {session.config.model} does not run with sparse layers ({error}): keep "
+                "those dense whose weight it reads itself, as in --skip='*.qkv'"
+            ) from None
+        self.forward_macs, self.density = 0, 0.0
+        self._count_weights()
+        # Multiply-accumulates of one forward pass over all images so far, and over those of steps
+        # that an update replaced.
+        self.macs = self.replaced_macs = self.search_flops = 0
         # Sums over the epoch so far: loss, correct predictions, images.
         self.sums = torch.zeros(3, dtype=torch.float64, device=session.device)
         config = session.config
@@ -209,14 +252,28 @@ class _Run:
         self.saved_step = 0
         augment = config.data.augment
         self.augment = data.augment if augment == "auto" else augment
-        network: nn.Module = model
+        self._wrap()
+
+    def _wrap(self) -> None:
+        """Put the model into what runs it; again whenever its values were reallocated, because
+        DistributedDataParallel keeps gradients in buckets of the old sizes."""
+        # Lets go of what was around it before.
+        self.network: nn.Module = self.model
+        self.compiled: nn.Module = self.model
         if world_size() > 1:
-            ids = [session.device] if session.device.type == "cuda" else None
-            ignore_topology(model)
-            network = DistributedDataParallel(model, device_ids=ids)
-        self.network = network
+            device = self.session.device
+            ids = [device] if device.type == "cuda" else None
+            ignore_topology(self.model)
+            self.network = DistributedDataParallel(self.model, device_ids=ids)
         # A compiled forward does not see the recorder: steps that are recorded run eagerly.
-        self.compiled = torch.compile(network) if config.training.compile else network
+        compiled = self.session.config.training.compile
+        self.compiled = cast(nn.Module, torch.compile(self.network)) if compiled else self.network
+
+    def _count_weights(self) -> None:
+        table = density_table(self.model)
+        self.density = model_density(self.model)
+        alive = {row.name: row.alive / row.total for row in table}
+        self.forward_macs = forward_macs(self.costs, alive)
 
     def fit(self, rate: LearningRate) -> None:
         """Train to the end of the last epoch."""
@@ -247,6 +304,7 @@ class _Run:
                 workers=config.data.workers,
                 rank=rank(),
                 world=world_size(),
+                pin=self.session.device.type == "cuda",
             )
         )
         self.network.train()
@@ -283,25 +341,33 @@ class _Run:
                 self.sums += torch.stack(
                     [loss * len(labels), correct, loss.new_tensor(len(labels))]
                 ).to(self.sums)
+        macs = self.session.config.data.batch * self.forward_macs
+        self.macs += macs
         replaced = self.updater.step()
+        self.replaced_macs += replaced * macs
         if not replaced:
             with clock("optimizer"):
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
-        self._log_update(replaced)
+        self._log_update()
 
-    def _log_update(self, replaced: bool) -> None:
+    def _log_update(self) -> None:
         update, clock = self.updater.last, self.session.clock
+        if self.updater.observe_seconds:
+            clock.add("growth: observe", self.updater.observe_seconds)
         if update is None or update.step != self.step + 1:
             return
         clock.add("growth: search", update.search_seconds)
         clock.add("growth: apply", update.apply_seconds)
-        self.replaced_steps += replaced
         self.search_flops += update.flops
+        self._count_weights()
+        if update.resized:
+            self._wrap()
         self.session.log(
             "update",
             update.step,
             grown=update.grown,
+            density=self.density,
             explored=self.updater.explored(),
             explored_share=self.updater.explored_share(),
             time={"search": update.search_seconds, "apply": update.apply_seconds},
@@ -348,9 +414,12 @@ class _Run:
     @torch.no_grad()
     def evaluate(self, split: Split) -> dict[str, float]:
         """Loss and accuracy on a whole split, in order, without augmentation."""
+        data = self.session.config.data
         self.model.eval()
         loss, correct = 0.0, 0
-        for images, labels in eval_batches(split, self.data, EVAL_BATCH):
+        # Large images fill the memory where a batch of small ones does not.
+        batch = EVAL_BATCH if self.data.image_size <= 64 else min(EVAL_BATCH, data.batch)
+        for images, labels in eval_batches(split, self.data, batch, workers=data.workers):
             images, labels = self._to_device(images), labels.to(self.session.device)
             with self._autocast():
                 logits = self.model(images)
@@ -389,16 +458,18 @@ class _Run:
         with self.session.clock("checkpoint"):
             optimizer_tensors, optimizer_rest = checkpoint.split_optimizer(self.optimizer)
             updater = self.updater.state_dict()
-            explored = updater.pop("explored")
+            explored, kept = updater.pop("explored"), updater.pop("states")
             tensors = {
                 **{f"model/{k}": v for k, v in self.model.state_dict().items()},
                 **{f"optimizer/{k}": v for k, v in optimizer_tensors.items()},
                 **{f"explored/{k}": v for k, v in explored.items()},
+                **{f"growth/{k}": v for k, v in kept.items()},
                 "sums": sums,
             }
             state = {
                 "step": self.step,
-                "replaced_steps": self.replaced_steps,
+                "macs": self.macs,
+                "replaced_macs": self.replaced_macs,
                 "search_flops": self.search_flops,
                 "updater": updater,
                 "optimizer": optimizer_rest,
@@ -417,25 +488,37 @@ class _Run:
                 if name.startswith(prefix)
             }
 
+        weights = part("model/")
+        for name, layer in self.updater.layers.items():
+            # A run that moved connections between layers reallocated their values.
+            kept = weights.get(f"{name}.values")
+            if kept is not None and kept.shape[0] != layer.topology.capacity:
+                nothing = layer.topology.keys()[:0]
+                layer.topology.edit(Change(layer.topology.keys(), nothing))
+                resize(layer, None, kept.shape[0])
         try:
-            self.model.load_state_dict(part("model/"))
+            self.model.load_state_dict(weights)
         except RuntimeError as error:
             raise InputError(
                 f"the checkpoint does not fit this model: {' '.join(str(error).split())}"
             ) from None
         checkpoint.join_optimizer(self.optimizer, part("optimizer/"), state["optimizer"])
-        self.updater.load_state_dict({**state["updater"], "explored": part("explored/")})
+        self.updater.load_state_dict(
+            {**state["updater"], "explored": part("explored/"), "states": part("growth/")}
+        )
         self.scaler.load_state_dict(state["scaler"])
         for name, compute in state["compute"].items():
-            layer = self.model.get_submodule(name)
-            assert isinstance(layer, SparseLinear)
-            layer.compute = compute
+            linear = self.model.get_submodule(name)
+            assert isinstance(linear, SparseLinear)
+            linear.compute = compute
         if rank() == 0:
             # The sums of all workers together: the others go on from nothing.
             self.sums.copy_(tensors["sums"])
         self.step = self.saved_step = state["step"]
-        self.replaced_steps = state["replaced_steps"]
+        self.macs, self.replaced_macs = state["macs"], state["replaced_macs"]
         self.search_flops = state["search_flops"]
+        self._count_weights()
+        self._wrap()
         self.session.restore_random(tensors)
 
     def _compute(self) -> dict[str, str]:
@@ -451,11 +534,13 @@ class _Run:
         session, batch = self.session, self.session.config.data.batch
         with session.clock("evaluation"):
             test = self.evaluate(self.data.test)
-        costs = layer_costs(self.model, self.example)
+        dense_macs = sum(cost.dense for cost in self.costs.values())
         cost = training_cost(
-            costs, batch * self.step, batch * self.replaced_steps, self.search_flops
+            self.macs,
+            self.replaced_macs,
+            batch * self.step * dense_macs,
+            self.search_flops + self.updater.observed_flops,
         )
-        inference = [sum(costs) for costs in zip(*costs.values(), strict=True)]
         seconds = session.clock.seconds
         summary = Summary(
             test_accuracy=test["accuracy"],
@@ -463,8 +548,8 @@ class _Run:
             density=model_density(self.model),
             weights=sum(row.alive for row in density_table(self.model)),
             dense_weights=sum(row.total for row in density_table(self.model)),
-            inference_flops=2 * inference[0],
-            dense_inference_flops=2 * inference[1],
+            inference_flops=2 * self.forward_macs,
+            dense_inference_flops=2 * dense_macs,
             training_flops=cost.flops,
             dense_training_flops=cost.dense_flops,
             explored_share=self.updater.explored_share() if self.updater.layers else 1.0,
