@@ -176,6 +176,17 @@ class ConvPairs(_Recording):
         )
         return (tile.permute(0, 2, 3, 1) * self.scale).reshape(stop - start, self.n_in)
 
+    def squared_norms(self) -> tuple[Tensor, Tensor]:
+        """The norms of x are the weight gradient of x squared under a gradient of ones."""
+        dtype = self._dtype()
+        ones = self.x.new_ones((self.dz.shape[0], 1, *self.dz.shape[2:]), dtype=dtype)
+        size = (1, self.x.shape[1], *self.kernel_size)
+        of_x = conv2d_weight(
+            self.x.to(dtype).square(), size, ones, self.stride, self.padding, self.dilation
+        )
+        of_dz = (self.dz.to(dtype) * self.scale).square().sum((0, 2, 3))
+        return of_x.permute(0, 2, 3, 1).flatten(), of_dz
+
 
 class JoinedPairs(Pairs):
     """Several recordings of one layer, as if they had been one batch: micro-batches, several
@@ -209,6 +220,10 @@ class JoinedPairs(Pairs):
             total = total + part.products(start, stop)
         return total
 
+    def squared_norms(self) -> tuple[Tensor, Tensor]:
+        of_x, of_dz = zip(*(part.squared_norms() for part in self.parts), strict=True)
+        return torch.stack(of_x).sum(0), torch.stack(of_dz).sum(0)
+
 
 class RowPairs(Pairs):
     """The vectors of the outputs [start, stop) alone: one head of an attention layer."""
@@ -233,6 +248,10 @@ class RowPairs(Pairs):
 
     def products(self, start: int, stop: int) -> Tensor:
         return self.whole.products(self.start + start, self.start + stop)
+
+    def squared_norms(self) -> tuple[Tensor, Tensor]:
+        of_x, of_dz = self.whole.squared_norms()
+        return of_x, of_dz[self.start : self.start + self.n_out]
 
 
 class StoredGradient(Pairs):

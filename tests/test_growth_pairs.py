@@ -48,6 +48,8 @@ def _check_products(pairs: Pairs, gradient: Tensor) -> None:
     # Columns run over (kh, kw, C).
     expected = gradient.permute(0, 2, 3, 1).flatten(1)
     middle = slice(pairs.n_out // 3, pairs.n_out)
+    for own, general in zip(pairs.squared_norms(), Pairs.squared_norms(pairs), strict=True):
+        torch.testing.assert_close(own, general, rtol=1e-4, atol=1e-4)
     for products in (type(pairs).products, Pairs.products):
         whole = products(pairs, 0, pairs.n_out)
         assert whole.shape == (pairs.n_out, pairs.n_in)
