@@ -1,0 +1,131 @@
+"""The runs behind docs/results.md: groups of variants of one training program, over seeds."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+METHODS = ("static", "set", "rigl", "snfs", "similarity")
+
+
+class Group(NamedTuple):
+    """Runs that are compared with each other.
+
+    flags: of train.py, common to all. variants: what differs, by name. seeds: how many.
+    """
+
+    name: str
+    title: str
+    flags: tuple[str, ...]
+    variants: dict[str, tuple[str, ...]]
+    seeds: int
+
+
+class Job(NamedTuple):
+    """One run. name: also that of its folder, and of its JSON file below docs/results."""
+
+    group: str
+    variant: str
+    seed: int
+    flags: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-{self.seed}"
+
+    def made(self, result: dict[str, Any]) -> bool:
+        """Whether what a result file holds is of this job: of the same flags, in any order."""
+        return sorted(result["flags"]) == sorted(self.flags)
+
+
+def _compared(densities: tuple[float, ...], methods: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Every sparse method at every density; the dense network once."""
+    variants = {"dense": ("--method=dense",)} if "dense" in methods else {}
+    for density in densities:
+        for method in methods:
+            if method != "dense":
+                flags = (f"--method={method}", f"--density={density}")
+                variants[f"{method}-{density}"] = flags
+    return variants
+
+
+def _thesis() -> dict[str, tuple[str, ...]]:
+    """Rows of tables 3.1 to 3.3 that search by brute force, exactly."""
+    common = {"dense": ("--method=dense",), "static": ("--method=static",)}
+    searched = {
+        f"{table}-{share}": (f"--preset={preset}", f"--update-fraction={share}", metric)
+        for table, preset, metric in (
+            ("step-abs-ip", "similarity-step", "--growth.metric=abs-ip"),
+            ("step-l2", "similarity-step", "--growth.metric=l2"),
+            ("epoch-abs-ip", "similarity-epoch", "--growth.metric=abs-ip"),
+        )
+        for share in (0.01, 0.05, 0.1)
+    }
+    return {
+        **{name: ("--preset=similarity-step", *flags) for name, flags in common.items()},
+        **searched,
+    }
+
+
+# Both make about 1,100 steps of 64.
+_MNIST = ("--model=mlp-300-100", "--data=mnist-5k", "--epochs=20")
+_STROKES = ("--model=mlp-300-100", "--data=strokes", "--epochs=10", "--lr=0.05")
+
+GROUPS = {
+    group.name: group
+    for group in (
+        Group(
+            "mlp-mnist-5k",
+            "MLP 784-300-100-10 on mnist-5k",
+            _MNIST,
+            _compared((0.1, 0.05, 0.02), ("dense", *METHODS)),
+            seeds=5,
+        ),
+        Group(
+            "mlp-strokes",
+            "MLP 784-300-100-10 on strokes",
+            _STROKES,
+            _compared((0.1, 0.05, 0.02), ("dense", *METHODS)),
+            seeds=5,
+        ),
+        Group(
+            "wrn-10-1-mnist-5k",
+            "WideResNet-10-1 on mnist-5k",
+            ("--model=wrn-10-1", "--data=mnist-5k", "--epochs=10"),
+            _compared((0.1, 0.05), ("dense", *METHODS)),
+            seeds=3,
+        ),
+        Group(
+            "thesis",
+            "The thesis' protocol: WideResNet-10-1 on mnist-5k, 8 epochs of batch 256",
+            ("--model=wrn-10-1", "--data=mnist-5k", "--epochs=8"),
+            _thesis(),
+            seeds=3,
+        ),
+        Group(
+            "alexnet-small-mnist-5k",
+            "AlexNet with a small stem on mnist-5k",
+            (
+                "--model=alexnet-small",
+                "--data=mnist-5k",
+                "--epochs=2",
+                "--optimizer=adam",
+                "--lr=5e-4",
+                "--weight-decay=0",
+                # 112 steps are too few for the papers' intervals.
+                "--update-interval=20",
+            ),
+            _compared((0.1,), ("static", "rigl", "similarity")),
+            seeds=3,
+        ),
+    )
+}
+
+
+def jobs(groups: list[str]) -> list[Job]:
+    """All runs of these groups, every variant's first seed before any second one."""
+    return [
+        Job(name, variant, seed, (*GROUPS[name].flags, *flags, f"--seed={seed}"))
+        for name in groups
+        for seed in range(GROUPS[name].seeds)
+        for variant, flags in GROUPS[name].variants.items()
+    ]
