@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> Config:
         )
     if config.run.resume is not None:
         folder = Path(config.run.resume)
-        if not (folder / "config.json").is_file():
+        if not os.path.isfile(folder / "config.json"):
             raise InputError(f"cannot resume {folder}: it is not the folder of a run")
         stored = from_json(folder / "config.json")
         config = parse_flags(argv, stored)

@@ -34,7 +34,7 @@ class Job(NamedTuple):
 
     def made(self, result: dict[str, Any]) -> bool:
         """Whether what a result file holds is of this job: of the same flags, in any order."""
-        return sorted(result["flags"]) == sorted(self.flags)
+        return sorted(result.get("flags", [])) == sorted(self.flags)
 
 
 def _compared(densities: tuple[float, ...], methods: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -90,7 +90,7 @@ GROUPS = {
         Group(
             "wrn-10-1-mnist-5k",
             "WideResNet-10-1 on mnist-5k",
-            ("--model=wrn-10-1", "--data=mnist-5k", "--epochs=10"),
+            ("--model=wrn-10-1", "--data=mnist-5k", "--epochs=8"),
             _compared((0.1, 0.05), ("dense", *METHODS)),
             seeds=3,
         ),
@@ -107,11 +107,11 @@ GROUPS = {
             (
                 "--model=alexnet-small",
                 "--data=mnist-5k",
-                "--epochs=2",
+                "--epochs=3",
                 "--optimizer=adam",
                 "--lr=5e-4",
                 "--weight-decay=0",
-                # 112 steps are too few for the papers' intervals.
+                # 168 steps are too few for the papers' intervals.
                 "--update-interval=20",
             ),
             _compared((0.1,), ("static", "rigl", "similarity")),

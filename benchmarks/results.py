@@ -42,8 +42,10 @@ def is_done(job: experiments.Job) -> bool:
         return False
 
 
-def run(job: experiments.Job) -> tuple[experiments.Job, dict[str, Any]]:
-    """Train, or continue to; write the result file."""
+def run(job: experiments.Job) -> tuple[experiments.Job, dict[str, Any] | str]:
+    """Train, or continue to; write the result file. Returns the figures, or why there are none: a
+    run that diverged, or a full disk."""
+    from dst.errors import StoppedError
     from dst.training import run as train
     from growth import InputError
     from train import parse
@@ -59,6 +61,8 @@ def run(job: experiments.Job) -> tuple[experiments.Job, dict[str, Any]]:
             # What lies there is another run's, or of another version.
             shutil.rmtree(folder, ignore_errors=True)
             summary = train(parse(flags))
+        except StoppedError as error:
+            return job, str(error)
     result = {
         "flags": list(job.flags),
         "seed": job.seed,
@@ -98,9 +102,13 @@ def train_missing(groups: list[str], workers: int) -> None:
         try:
             for done, (job, final) in enumerate(pool.imap_unordered(run, missing), 1):
                 left = (time.perf_counter() - start) / done * (len(missing) - done)
+                said = (
+                    f"stopped: {final}"
+                    if isinstance(final, str)
+                    else f"{final['test_accuracy']:.2%} in {final['wall_seconds']:.0f} s"
+                )
                 print(
-                    f"{job.group}/{job.name}: {final['test_accuracy']:.2%} in "
-                    f"{final['wall_seconds']:.0f} s; {len(missing) - done} to go, "
+                    f"{job.group}/{job.name}: {said}; {len(missing) - done} to go, "
                     f"about {left / 60:.0f} min",
                     flush=True,
                 )

@@ -83,7 +83,9 @@ def _head(read: dict[str, Runs]) -> str:
         "data, split, weights and batches for one seed.",
         "- ± is half of a 95 % interval (Student's t over the seeds). *Over static* is the "
         "difference to the static network of the same seed, paired; a method *beats* static where "
-        "that interval lies above zero. With 3 seeds it is wide: what is not shown may still be.",
+        "that interval lies above zero. With 3 seeds it is wide: what is not shown may still be. "
+        "Every group makes up to fifteen such comparisons, each at 95 % by itself: a single "
+        "narrow one may be luck.",
         "- Training FLOPs count the search, as a share of the dense network's "
         "([formulas](methods.md#flops)). For SNFS they are the papers' 2 f_S + f_D.",
         "- CPU time is that of the run's one thread; other work on the machine hardly changes it. "

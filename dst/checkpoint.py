@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 
 from growth import InputError
 
-FORMAT = "sparsegrow-checkpoint-1"
+# Raise it whenever a run that was saved before could not go on.
+FORMAT = "sparsegrow-checkpoint-2"
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -47,7 +48,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises InputError for a file that is missing, truncated, foreign or damaged.
     """
-    if not path.is_file():
+    # Unlike Path.is_file, False where the folder may not be entered.
+    if not os.path.isfile(path):
         raise InputError(f"no checkpoint at {path}: the run was stopped before its first")
     try:
         with safe_open(path, framework="pt") as file:
@@ -60,7 +62,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from None
     if header.get("format") != FORMAT:
         raise InputError(
-            f"{path} is a safetensors file, but not a checkpoint of this program (format "
+            f"{path} is a safetensors file, but not a checkpoint of this version (format "
             f"{header.get('format')!r}, expected {FORMAT!r})"
         )
     text = header.get("state", "")

@@ -291,6 +291,11 @@ def check(config: Config) -> None:
             raise InputError(f"metric {growth.metric} compares single neurons: use --block 1")
     if growth.metric != "abs-ip" and config.method != "similarity" and entry.sparse:
         raise InputError(f"method {config.method} has no metric: use --method similarity")
+    if growth.metric != "abs-ip" and any(
+        "metric" not in {field.name for field in dataclasses.fields(STRATEGIES[name])}
+        for name in searches
+    ):
+        raise InputError(f"growth {searches[0]} has no metric: leave --growth.metric away")
     if update.update_fraction is not None:
         _number("update-fraction", update.update_fraction, above=0, most=1)
     if update.update_end is not None:

@@ -34,6 +34,7 @@ from dst.ramp import DensityRamp
 from dst.seeding import generator
 from growth import Grid, InputError
 from growth.connections import Block
+from triton_kernels import choose_linear
 
 INITS = ("sparse-aware", "keep")
 
@@ -96,18 +97,9 @@ def sparsify(
     larger than every layer, a padding mode other than zeros, a weight that two layers share, a
     pattern that matches nothing, and a model without such layers.
     """
-    for share in (density,) if ramp_to is None else (ramp_to,):
-        if not (math.isfinite(share) and 0 < share < 1):
-            raise InputError(
-                f"density {share} must lie strictly between 0 and 1 (a dense network is "
-                "method 'dense')"
-            )
+    _check_density(density if ramp_to is None else ramp_to, distribution)
     if not (math.isfinite(density) and 0 < density <= 1):
         raise InputError(f"density {density} at the start of a ramp must lie in (0, 1]")
-    if distribution not in DISTRIBUTIONS:
-        raise InputError(
-            f"distribution {distribution!r} is unknown: choose {', '.join(DISTRIBUTIONS)}"
-        )
     if init not in INITS:
         raise InputError(f"init {init!r} is unknown: choose {', '.join(INITS)}")
     block = (block, block) if isinstance(block, int) else (int(block[0]), int(block[1]))
@@ -163,7 +155,13 @@ def sparsify(
         except InputError as error:
             where = f"layer {name!r}" + (", in each head" if groups[name] > 1 else "")
             raise InputError(f"{where}: {error}") from None
-        replacements[layer] = _sparse_twin(layer, keys, block, groups[name], compute, init)
+        how = compute
+        if how == "auto" and isinstance(layer, nn.Linear):
+            # At the end of a ramp, where most of a run is spent.
+            weight = layer.weight
+            size = weight.numel() * weight.element_size()
+            how = choose_linear(later[name], block, size, weight.device.type)
+        replacements[layer] = _sparse_twin(layer, keys, block, groups[name], how, init)
     attentions = {
         closed: attention
         for closed, attention in opened.items()
@@ -181,6 +179,7 @@ def density_ramp(
     The model was made by ``sparsify(..., ramp_to=to)`` with the same distribution. shape: see
     :class:`DensityRamp`. Raises InputError as ``sparsify`` does for a density that cannot be.
     """
+    _check_density(to, distribution)
     layers = sparse_layers(model)
     shapes = {row.name: row.shape for row in density_table(model)}
     dense = {name: shape for name, shape in shapes.items() if name not in layers}
@@ -240,6 +239,18 @@ def model_density(model: nn.Module) -> float:
     """Share of the weights of all linear layers and convolutions that is alive."""
     table = density_table(model)
     return sum(row.alive for row in table) / max(1, sum(row.total for row in table))
+
+
+def _check_density(density: float, distribution: str) -> None:
+    if not (math.isfinite(density) and 0 < density < 1):
+        raise InputError(
+            f"density {density} must lie strictly between 0 and 1 (a dense network is "
+            "method 'dense')"
+        )
+    if distribution not in DISTRIBUTIONS:
+        raise InputError(
+            f"distribution {distribution!r} is unknown: choose {', '.join(DISTRIBUTIONS)}"
+        )
 
 
 def _open_attentions(model: nn.Module) -> Opened:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dst.topology import Topology
+from dst.topology import Change, Topology
 from growth import Grid, InputError
 from growth.connections import Block
 from growth.sampling import sample_distinct
@@ -110,6 +111,19 @@ class SparseLayer(nn.Module):
         layout = self.topology.layout
         dense = scatter(self.values, *layout[:3], layout.n_out, layout.taps, layout.channels)
         return self._from_columns(dense).contiguous()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes the capacity of what is loaded: methods that move connections between layers
+        reallocate the values. Load the optimizer's state afterwards."""
+        values = state_dict.get(f"{prefix}values")
+        own = self.values
+        if values is not None and values.shape[1:] == own.shape[1:] and len(values) != len(own):
+            topology = self.topology
+            topology.edit(Change(topology.keys(), topology.keys()[:0]))
+            topology.resize(len(values))
+            own.grad = None
+            own.data = own.new_zeros(values.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _to_columns(self, weight: Tensor) -> Tensor:
         """PyTorch's shape -> (n_out, taps, channels)."""

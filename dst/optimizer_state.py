@@ -95,7 +95,10 @@ def _fresh_state(optimizer: Optimizer, values: nn.Parameter) -> dict[str, Tensor
     """State of one block at zero after a step with a zero gradient, from an optimizer of the same
     class and settings. Empty where such an optimizer cannot be built: all starts are then zero."""
     group = next(g for g in optimizer.param_groups if any(p is values for p in g["params"]))
-    block = nn.Parameter(torch.zeros_like(values[:1]))
+    # Not of values[:1]: there may be no slot at all.
+    block = nn.Parameter(
+        torch.zeros(1, *values.shape[1:], dtype=values.dtype, device=values.device)
+    )
     block.grad = torch.zeros_like(block)
     # Adagrad starts its accumulator from the argument, whatever the group says.
     accepted = inspect.signature(type(optimizer)).parameters

@@ -130,7 +130,7 @@ def _open_folder(config: Config) -> Path:
 
 
 def _existing_folder(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         raise InputError(f"{folder} is not the folder of a run: it has no config.json")
     return folder
 

@@ -197,6 +197,8 @@ class TopologyUpdater:
             self._recorder.start()
         else:
             self._recorder.stop()
+            # Nothing is searched any more (or nothing is observed): let go of what was kept.
+            self.states = {}
 
     def _records(self) -> dict[str, Pairs]:
         records = self._recorder.records()

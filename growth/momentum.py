@@ -44,13 +44,18 @@ class Momentum:
         """M after this step, (n_out, n_in). ``state`` is M before it, None at first, and is
         overwritten."""
         pairs = as_pairs(pairs)
+        if not pairs.is_finite():
+            raise InputError(
+                "the recorded activations or gradients hold NaN or inf, which would stay in the "
+                "momentum: do not observe this step"
+            )
         gradient = pairs.products(0, pairs.n_out)
         if state is None:
             return gradient
-        if state.shape != gradient.shape:
+        if state.shape != gradient.shape or state.dtype != gradient.dtype:
             raise InputError(
-                f"the momentum has shape {tuple(state.shape)}, but the layer has "
-                f"{tuple(gradient.shape)}: it is another layer's"
+                f"the momentum is {tuple(state.shape)} of {state.dtype}, but the gradient "
+                f"{tuple(gradient.shape)} of {gradient.dtype}: it is another layer's"
             )
         return state.mul_(self.decay).add_(gradient)
 
@@ -74,4 +79,6 @@ class Momentum:
                 f"the momentum has shape {tuple(state.shape)}, but the layer has "
                 f"{(pairs.n_out, pairs.n_in)}: it is another layer's"
             )
+        if not held.is_finite():
+            raise InputError("the momentum holds NaN or inf: begin it anew")
         return Exact()(held, count, active, block=block)

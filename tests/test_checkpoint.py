@@ -67,7 +67,7 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
 
 def test_foreign_files_are_refused(tmp_path):
     save_file({"w": torch.zeros(2)}, tmp_path / "foreign")
-    with pytest.raises(InputError, match="not a checkpoint of this program"):
+    with pytest.raises(InputError, match="not a checkpoint of this version"):
         checkpoint.load(tmp_path / "foreign")
     (tmp_path / "text").write_text(json.dumps(STATE) * 10)
     with pytest.raises(InputError, match="not one at all"):

@@ -144,6 +144,8 @@ def test_an_int_where_a_float_belongs_is_a_float(tmp_path):
         (["--redistribute=momentum"], "use --method snfs or"),
         (["--method=rigl", "--redistribute=momentum"], "use --method snfs or"),
         (["--method=snfs", "--growth=exact"], "snfs grows by momentum"),
+        (["--growth=momentum", "--growth.metric=l2"], "momentum has no metric"),
+        (["--growth=random", "--growth.metric=ip"], "random has no metric"),
         (["--growth.momentum=1"], "growth.momentum"),
         (["--preset=itop"], "preset 'itop' is unknown"),
     ],

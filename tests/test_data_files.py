@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import os
 import pickle
 import sys
 import zipfile
@@ -283,6 +284,15 @@ def test_damaged_mnist_files_are_refused(damage: str, tmp_path: Path) -> None:
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_labels_beyond_the_classes_are_refused(tmp_path: Path) -> None:
+    _mnist(tmp_path)
+    labels = tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    count = len(load("mnist", data_dir=tmp_path, val_size=0).test)
+    labels.write_bytes(_idx(np.full(count, 77, dtype=np.uint8)))
+    with pytest.raises(InputError, match="mnist has a label 77, but 10 classes"):
+        load("mnist", data_dir=tmp_path, val_size=0)
+
+
 # --- folders of image files ---------------------------------------------------------------------
 
 
@@ -414,6 +424,49 @@ def test_every_kind_of_image_becomes_colour(tmp_path: Path) -> None:
         expected = photo.convert("L").convert("RGB") if mode == "L" else photo
         centre = torch.tensor(np.array(expected.resize((32, 32)))).permute(2, 0, 1)[:, 2:30, 2:30]
         assert (image - centre).abs().mean() < 12  # of 255: a palette has few colours
+
+
+def test_grey_images_of_16_bits_keep_their_brightness(tmp_path: Path) -> None:
+    _folder(tmp_path)
+    for path in (tmp_path / "val" / "dog").iterdir():
+        path.unlink()
+    pixels = np.full((40, 40), 20_000, dtype=np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "val" / "dog" / "deep.png")
+    data = load("folder", data_dir=tmp_path, image_size=28)
+    (image,) = data.test.images[data.test.labels == 1].centre_crops(28)
+    assert image.unique().tolist() == [20_000 // 257]
+
+
+def test_names_of_files_in_any_encoding(tmp_path: Path) -> None:
+    _folder(tmp_path)
+    first = tmp_path / "val" / "dog" / "0.JPEG"
+    first.rename(first.with_name("blüte \u2603.jpeg"))
+    raw = os.fsencode(tmp_path / "val" / "dog")
+    os.rename(raw + b"/1.JPEG", raw + b"/\xff\xfe.jpg")
+    data = load("folder", data_dir=tmp_path, image_size=16)
+    assert len(data.test) == 12
+    assert sum(len(labels) for _, labels in eval_batches(data.test, data, 5)) == 12
+
+
+@pytest.mark.parametrize("name", ["folder", "imagenet", "mnist", "cifar10", "strokes"])
+def test_a_folder_that_may_not_be_entered(name: str, tmp_path: Path) -> None:
+    """As for any user but the superuser, who may enter everything."""
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o000)
+    user = os.geteuid()
+    os.chmod(tmp_path, 0o755)
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        if os.access(locked, os.X_OK, effective_ids=True):
+            pytest.skip("this system lets everyone in")
+        if name == "strokes":
+            assert len(load(name, data_dir=locked, difficulty=0).test) == 2000
+        else:
+            with pytest.raises(InputError):
+                load(name, data_dir=locked)
+    finally:
+        os.seteuid(user)
 
 
 def test_three_parts_of_a_folder(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import dst
+import train
 from dst.flops import LayerCost, forward_macs, layer_costs, training_cost
+from dst.training import run
 
 
 def test_multiply_accumulates_by_hand():
@@ -82,3 +84,16 @@ def test_an_exact_search_counts_one_dense_gradient():
     layer(torch.randn(5, 6)).sum().backward()
     updater.step()
     assert updater.last.flops == 2 * 5 * 6 * 4
+
+
+def test_a_replaced_step_that_is_observed_counts_its_gradient_once(tmp_path):
+    """2 f_S and a dense gradient, whether the optimizer steps or not."""
+    flags = ["--method=snfs", "--data=digits", "--model=mlp-16", "--epochs=1", "--density=0.2"]
+    flags += ["--redistribute=none", "--update-interval=4", f"--out={tmp_path}"]
+    stepped, replaced = (
+        run(train.parse([*flags, f"--update-skips-step={skips}"])) for skips in (False, True)
+    )
+    assert stepped.training_flops == replaced.training_flops
+    images, f_s, f_d = 20 * 64, stepped.inference_flops, stepped.dense_inference_flops
+    # Observed until the last update before the end: 16 of 20 steps.
+    assert stepped.training_flops == images * (16 * (2 * f_s + f_d) + 4 * 3 * f_s) // 20

@@ -88,10 +88,23 @@ def test_another_layers_sum_is_refused() -> None:
             call()
 
 
-def test_a_sum_that_is_not_finite_is_refused() -> None:
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_step_or_a_sum_that_is_not_finite_is_refused(poison: float) -> None:
     x, dz = torch.randn(6, 4), torch.randn(6, 3)
-    with pytest.raises(InputError, match="NaN or inf"):
-        Momentum()((x, dz), 1, NONE, state=torch.full((3, 4), torch.inf))
+    with pytest.raises(InputError, match="momentum holds NaN or inf"):
+        Momentum()((x, dz), 1, NONE, state=torch.full((3, 4), poison))
+    state = Momentum().observe((x, dz), None)
+    before, bad = state.clone(), x.clone()
+    bad[2, 1] = poison
+    with pytest.raises(InputError, match="do not observe this step"):
+        Momentum().observe((bad, dz), state)
+    assert torch.equal(state, before)
+
+
+def test_a_sum_of_another_type_is_refused() -> None:
+    x, dz = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    with pytest.raises(InputError, match=r"float32.*float64"):
+        Momentum().observe((x, dz), torch.zeros(3, 4))
 
 
 def test_stored_gradients() -> None:

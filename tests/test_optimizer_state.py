@@ -436,3 +436,23 @@ def test_resize_keeps_the_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(layer.dense_weight(), weight)
     model(torch.randn(4, 7, dtype=dtype)).sum().backward()
     assert layer.values.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad", "Rprop"])
+def test_a_layer_that_lost_everything_can_grow_again(name: str) -> None:
+    model = _net(1)
+    arguments = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.1, **arguments)
+    _train(model, optimizer, range(2))
+    layer = model[0]
+    keys, nothing = layer.topology.keys(), torch.empty(0, dtype=torch.int64)
+    layer.topology.edit(Change(keys, nothing))
+    resize(layer, optimizer, 0)
+    assert layer.values.shape[0] == 0
+    assert torch.equal(layer.dense_weight(), torch.zeros_like(layer.dense_weight()))
+    _train(model, optimizer, range(2, 4))
+    resize(layer, optimizer, 5)
+    taken, _ = layer.topology.edit(Change(nothing, keys[:5]))
+    reset_slots(optimizer, layer.values, taken)
+    _train(model, optimizer, range(4, 6))
+    assert bool(layer.values.detach().any()) and bool(layer.values.isfinite().all())

@@ -1,5 +1,6 @@
 """Density that changes over a run."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -124,6 +125,40 @@ def test_groups_of_rows_share_the_ramp() -> None:
 def test_densities_that_cannot_be(density: float, ramp_to: float) -> None:
     with pytest.raises(InputError, match="density"):
         sparsify(_net(), density=density, ramp_to=ramp_to)
+
+
+@pytest.mark.parametrize("to", [1.5, 1.0, 0.0, -1.0, float("nan")])
+def test_ramps_to_densities_that_cannot_be(to: float) -> None:
+    model = sparsify(_net(), density=0.5, ramp_to=0.2, distribution="erk")
+    with pytest.raises(InputError, match="strictly between 0 and 1"):
+        density_ramp(model, to=to, end=3, distribution="erk")
+    with pytest.raises(InputError, match="'erks' is unknown"):
+        density_ramp(model, to=0.2, end=3, distribution="erks")
+
+
+def test_products_are_chosen_for_the_end_of_the_ramp() -> None:
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 1024))
+    end = sparsify(copy.deepcopy(model), density=0.02, skip=())
+    ramped = sparsify(model, density=1.0, ramp_to=0.02, skip=())
+    assert [la.compute for la in ramped] == [la.compute for la in end] == ["sparse", "sparse"]
+
+
+def test_a_model_whose_counts_changed_loads_into_a_fresh_one() -> None:
+    model = sparsify(_net(), density=0.3, skip=())
+    method = dst.METHODS["snfs"].build(UpdateSchedule(2, 100, 0.5), 0)
+    _train(model, method, 10)
+    fresh = sparsify(_net(), density=0.3, skip=())
+    before = {n: la.topology.capacity for n, la in sparse_layers(fresh).items()}
+    assert before != {n: la.topology.capacity for n, la in sparse_layers(model).items()}
+    fresh.load_state_dict(model.state_dict())
+    x = torch.randn(2, 2, 4, 4)
+    assert torch.equal(fresh(x), model(x))
+    _train(fresh, method, 4)
+    # And back: room that is not needed goes as well.
+    again = sparsify(_net(), density=0.3, skip=())
+    fresh.load_state_dict(again.state_dict())
+    assert torch.equal(fresh(x), again(x))
+    assert before == {n: la.topology.capacity for n, la in sparse_layers(fresh).items()}
 
 
 def test_a_final_density_that_rounds_to_no_block_names_the_layer() -> None:

@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -177,6 +178,18 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     before = without_time(tmp_path / "a")
     run(train.parse([f"--resume={tmp_path / 'a'}"]))
     assert without_time(tmp_path / "a") == before
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_nothing_is_lost(
+    tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", "sparsegrow-checkpoint-0")
+        go(tmp_path, "--name=old")
+    before = (tmp_path / "old" / tracking.METRICS).read_bytes()
+    status, words = main(monkeypatch, capsys, f"--resume={tmp_path / 'old'}")
+    assert status == 2 and "not a checkpoint of this version" in words and words.count("\n") == 1
+    assert (tmp_path / "old" / tracking.METRICS).read_bytes() == before
 
 
 RESUMED = [
@@ -387,9 +400,13 @@ def test_help_names_every_method_and_growth(capsys, monkeypatch):
         train.main()
     words = capsys.readouterr().out
     assert stop.value.code in (0, None) and status == 0
-    wanted = [*METHODS, *STRATEGIES, *PRESETS, *REDISTRIBUTIONS, *DATASETS, *AUGMENTATIONS]
-    for word in [*wanted, "--growth.k-similar", "erk", "timm:NAME"]:
-        assert word in words, word
+    words = re.sub(r"[\s│]+", " ", words)
+    for entries in (METHODS, PRESETS):
+        for name, entry in entries.items():
+            assert f"{name} ({entry.summary})" in words, name
+    for names in (STRATEGIES, REDISTRIBUTIONS, DATASETS, AUGMENTATIONS):
+        assert ", ".join(names) in words, names
+    assert "--growth.k-similar" in words and "timm:NAME" in words
 
 
 def test_a_real_process_prints_one_line_and_no_traceback(tmp_path):

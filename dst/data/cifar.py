@@ -3,6 +3,7 @@
 torchvision compares each file with its published md5 before it unpickles it.
 """
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +45,7 @@ def _read(class_name: str, options: DataOptions, train: bool) -> Split:
         if options.download:
             state = f"could not be downloaded ({error})"
         else:
-            state = "has missing or damaged files" if folder.is_dir() else "does not exist"
+            state = "has missing or damaged files" if os.path.isdir(folder) else "does not exist"
         raise InputError(
             f"the {class_name} folder {folder} {state}\n{_how_to_get(cifar, options.data_dir)}"
         ) from error

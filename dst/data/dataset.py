@@ -89,6 +89,12 @@ def split_source(
     The test images do not depend on ``val_size``. Raises InputError for an impossible val_size.
     """
     train, val, test = source.train, source.val, source.test
+    for split in (train, val, test):
+        if isinstance(split, Split) and len(split) and int(split.labels.max()) >= source.classes:
+            raise InputError(
+                f"{name} has a label {int(split.labels.max())}, but {source.classes} classes: its "
+                "files are not those that they should be"
+            )
     if isinstance(test, int):
         train, test = _hold_out(train, test, generator(split_seed, "split.test", 0))
     if val is None:

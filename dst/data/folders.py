@@ -3,6 +3,7 @@
 torchvision lists the files. Images are decoded when a batch needs them, as colour images.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -34,7 +35,8 @@ def folder(options: DataOptions) -> Source:
 
 
 def _read(root: Path, advice: str) -> Source:
-    parts = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
+    # Unlike Path.is_dir, False where the folder may not be entered.
+    parts = {part: root / part for part in ("train", "val", "test") if os.path.isdir(root / part)}
     if "train" not in parts or len(parts) < 2:
         raise InputError(
             f"the folder {root} has {' and '.join(f'{part}/' for part in parts) or 'no images'}, "

@@ -1,5 +1,6 @@
 """Images that stay on disk until a batch needs them."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,9 @@ class ImageFiles:
 
     def __init__(self, root: Path, paths: Sequence[str] | np.ndarray) -> None:
         self.root = root
-        self.paths = np.asarray(paths, dtype=np.bytes_)
+        if not isinstance(paths, np.ndarray):
+            paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
+        self.paths = paths
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -63,10 +66,10 @@ class ImageFiles:
 
         images = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
         for index, name in enumerate(self.paths):
-            path = self.root / name.decode("utf-8", "surrogateescape")
+            path = self.root / os.fsdecode(name)
             try:
                 with Image.open(path) as file:
-                    image = file.convert("RGB")
+                    image = _eight_bits(file).convert("RGB")
             # A damaged PNG is a SyntaxError or a ValueError, a bomb has its own.
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise InputError(
@@ -74,3 +77,12 @@ class ImageFiles:
                 ) from None
             images[index] = torch.from_numpy(np.array(cut(image, index))).permute(2, 0, 1)
         return images
+
+
+def _eight_bits(image: "Image") -> "Image":
+    """Grey images of 16 bits as such of 8: PIL's own conversion clips them to white."""
+    from PIL import Image
+
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))

@@ -1,5 +1,6 @@
 """MNIST and EMNIST, read from the official files by torchvision."""
 
+import os
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def _read(kind: Any, options: DataOptions, **which: Any) -> Split:
     # torchvision's words for a file that is missing, and for one that is no idx file or a cut one.
     except (RuntimeError, OSError, ValueError, TypeError, AssertionError, KeyError) as error:
         url = kind.url if kind.__name__ == "EMNIST" else kind.mirrors[0]
-        if not options.download and not folder.is_dir():
+        if not options.download and not os.path.isdir(folder):
             raise InputError(
                 f"the {kind.__name__} folder {folder} does not exist: pass --download, or put the "
                 f"unpacked idx-ubyte files of {url} there, or name the folder that holds "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,20 +79,21 @@ class Session:
 
         A run that was stopped before its first checkpoint starts over.
         """
-        if self.checkpoint is None or not self.checkpoint.exists():
+        if self.checkpoint is None or not os.path.exists(self.checkpoint):
             self.open_tracker()
             if self.tracker is not None:
                 self.tracker.rewind(0)
             return None
         tensors, state = checkpoint.load(self.checkpoint)
         self.open_tracker(state["wandb_id"])
-        if self.tracker is not None:
-            self.tracker.rewind(state["metrics_bytes"])
         self.clock.seconds.update(state["seconds"])
         return tensors, state
 
-    def restore_random(self, tensors: dict[str, Tensor]) -> None:
-        """Call last: building a model draws from these generators."""
+    def go_on(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Call last, when everything else is loaded: forgets the metrics after the checkpoint, and
+        restores the random state, from which building a model draws."""
+        if self.tracker is not None:
+            self.tracker.rewind(state["metrics_bytes"])
         torch.set_rng_state(tensors["random/cpu"])
         if self.device.type == "cuda":
             if "random/cuda" not in tensors:

@@ -26,12 +26,10 @@ from dst.flops import forward_macs, layer_costs, training_cost
 from dst.layers import SparseLinear
 from dst.methods import METHODS, DropGrow, Method
 from dst.models import build
-from dst.optimizer_state import resize
 from dst.progress import ProgressBar
 from dst.recipes.session import Session
 from dst.report import Summary, announce, write
 from dst.schedules import LearningRate, UpdateSchedule
-from dst.topology import Change
 from dst.updater import TopologyUpdater
 from growth import STRATEGIES, InputError
 
@@ -252,6 +250,11 @@ class _Run:
         self.saved_step = 0
         augment = config.data.augment
         self.augment = data.augment if augment == "auto" else augment
+        # Until then a compiled forward would be compiled anew for every number of weights.
+        self.settled = 0
+        method = updater.method
+        if isinstance(method, DropGrow) and (method.ramp or method.redistribute != "none"):
+            self.settled = method.schedule.last_update
         self._wrap()
 
     def _wrap(self) -> None:
@@ -329,7 +332,8 @@ class _Run:
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         training, clock = self.session.config.training, self.session.clock
-        forward = self.network if self.updater.recording else self.compiled
+        eager = self.updater.recording or self.step < self.settled
+        forward = self.network if eager else self.compiled
         with clock("forward and backward"):
             with self._autocast():
                 logits = forward(images)
@@ -344,7 +348,8 @@ class _Run:
         macs = self.session.config.data.batch * self.forward_macs
         self.macs += macs
         replaced = self.updater.step()
-        self.replaced_macs += replaced * macs
+        # Where every step is observed, the weight gradient is part of that cost.
+        self.replaced_macs += (replaced and not self.updater.method.observes) * macs
         if not replaced:
             with clock("optimizer"):
                 self.scaler.step(self.optimizer)
@@ -360,18 +365,19 @@ class _Run:
         clock.add("growth: search", update.search_seconds)
         clock.add("growth: apply", update.apply_seconds)
         self.search_flops += update.flops
-        self._count_weights()
-        if update.resized:
-            self._wrap()
-        self.session.log(
-            "update",
-            update.step,
-            grown=update.grown,
-            density=self.density,
-            explored=self.updater.explored(),
-            explored_share=self.updater.explored_share(),
-            time={"search": update.search_seconds, "apply": update.apply_seconds},
-        )
+        with clock("bookkeeping"):
+            self._count_weights()
+            if update.resized:
+                self._wrap()
+            self.session.log(
+                "update",
+                update.step,
+                grown=update.grown,
+                density=self.density,
+                explored=self.updater.explored(),
+                explored_share=self.updater.explored_share(),
+                time={"search": update.search_seconds, "apply": update.apply_seconds},
+            )
 
     def _look(self) -> tuple[float, float]:
         """Loss and accuracy of the epoch so far; stops the run when the loss is not finite."""
@@ -488,16 +494,8 @@ class _Run:
                 if name.startswith(prefix)
             }
 
-        weights = part("model/")
-        for name, layer in self.updater.layers.items():
-            # A run that moved connections between layers reallocated their values.
-            kept = weights.get(f"{name}.values")
-            if kept is not None and kept.shape[0] != layer.topology.capacity:
-                nothing = layer.topology.keys()[:0]
-                layer.topology.edit(Change(layer.topology.keys(), nothing))
-                resize(layer, None, kept.shape[0])
         try:
-            self.model.load_state_dict(weights)
+            self.model.load_state_dict(part("model/"))
         except RuntimeError as error:
             raise InputError(
                 f"the checkpoint does not fit this model: {' '.join(str(error).split())}"
@@ -519,7 +517,7 @@ class _Run:
         self.search_flops = state["search_flops"]
         self._count_weights()
         self._wrap()
-        self.session.restore_random(tensors)
+        self.session.go_on(tensors, state)
 
     def _compute(self) -> dict[str, str]:
         """How each sparse linear layer's products are computed: decided once, kept on resume."""
