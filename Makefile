@@ -12,10 +12,11 @@ INSTALLING := $(VENV)/.installing
 PIP_INSTALL := $(VENV_PYTHON) -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all lint format clean
+.PHONY: help train results test test-all lint format clean
 
 help:
 	@echo 'make train     train a sparse network; flags in ARGS: make train ARGS="--help"'
+	@echo 'make results   train what docs/results.md says, an hour or two, and write it; may be stopped'
 	@echo 'make test      the tests, less the slow ones and those that need a GPU'
 	@echo 'make test-all  the slow tests too; one file: make test-all ARGS=tests/test_packaging.py'
 	@echo 'make lint      ruff and mypy'
@@ -25,6 +26,9 @@ help:
 
 train: $(TRAIN_READY)
 	@$(VENV_PYTHON) train.py $(ARGS)
+
+results: $(TRAIN_READY)
+	@$(VENV_PYTHON) benchmarks/results.py $(ARGS)
 
 test: $(TEST_READY)
 	@$(VENV_PYTHON) -m pytest -m "not gpu and not slow" $(ARGS)

@@ -16,6 +16,8 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 RESULTS, IMAGES = DOCS / "results", DOCS / "images"
 PAGE = DOCS / "results.md"
 
+VERDICTS = ("beat", "lose to", "are not told apart from")
+
 Runs = dict[str, dict[int, dict[str, Any]]]  # variant -> seed -> what its file holds
 
 # Validation accuracies of the thesis' tables 3.1 to 3.3, WideResNet-28-5 on CIFAR-100 at 80 %.
@@ -35,7 +37,8 @@ THESIS = {
 def write() -> None:
     """Raises nothing for missing runs: what is not there yet is said to be missing."""
     read = {name: _read(group) for name, group in experiments.GROUPS.items()}
-    parts = [_head(read)]
+    compared = {name: runs for name, runs in read.items() if name != "thesis"}
+    parts = [_head(read), _in_short(compared)]
     for name, group in experiments.GROUPS.items():
         parts.append(
             _thesis(group, read[name]) if name == "thesis" else _compared(group, read[name])
@@ -96,6 +99,35 @@ def _head(read: dict[str, Runs]) -> str:
     return "\n".join(lines)
 
 
+def _in_short(read: dict[str, Runs]) -> str:
+    """Over all groups and densities: how often each method beats static, and by how much."""
+    tallies: dict[str, list[tuple[str, float, float]]] = {}
+    for runs in read.values():
+        for variant, seeds in runs.items():
+            method, _, density = variant.partition("-")
+            over = _over(runs, variant, f"static-{density}") if density else None
+            if over is not None:
+                finals = [run["final"] for run in seeds.values()]
+                share = [f["training_flops"] / f["dense_training_flops"] for f in finals]
+                tallies.setdefault(method, []).append(
+                    (_verdict(over), over[0], statistics.fmean(share))
+                )
+    rows = [
+        [
+            _label(method),
+            *(f"{sum(v == verdict for v, _, _ in tally)} of {len(tally)}" for verdict in VERDICTS),
+            f"{statistics.fmean(gain for _, gain, _ in tally):+.2f}",
+            f"{statistics.fmean(share for _, _, share in tally):.3f}",
+        ]
+        for method, tally in tallies.items()
+    ]
+    header = ["", *(f"{verb} static" for verb in VERDICTS), "mean difference", "training FLOPs"]
+    return (
+        "## What beats static, and what does not\n\nOver the networks, data and densities below, "
+        "each method where it was run:\n\n" + _table(header, rows)
+    )
+
+
 def _accuracy(run: dict[str, Any]) -> float:
     return 100 * run["final"]["test_accuracy"]
 
@@ -152,7 +184,7 @@ def _compared(group: experiments.Group, runs: Runs) -> str:
         rows.append(
             [
                 density or "1",
-                method,
+                _label(method),
                 _shown(_interval([_accuracy(run) for run in seeds.values()])),
                 _shown(over, "+"),
                 *_figures(seeds),
@@ -169,6 +201,10 @@ def _compared(group: experiments.Group, runs: Runs) -> str:
     return "\n\n".join(parts)
 
 
+def _label(method: str) -> str:
+    return experiments.FURTHER[method][0] if method in experiments.FURTHER else method
+
+
 def _command(group: experiments.Group) -> str:
     return f"`python train.py {' '.join(group.flags)} --method=M --density=D`, {group.seeds} seeds."
 
@@ -177,23 +213,32 @@ def _verdicts(runs: Runs) -> str:
     """What beats static, and what does not, one line a density."""
     lines = []
     for density in dict.fromkeys(v.partition("-")[2] for v in runs if "-" in v):
-        groups: dict[str, list[str]] = {"beats": [], "loses to": [], "is not told apart from": []}
+        groups: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
         for variant in runs:
             method, _, own = variant.partition("-")
             over = _over(runs, variant, f"static-{density}") if own == density else None
             if over is None:
                 continue
-            mean, half = over
-            verdict = "beats" if mean > half else "loses to" if -mean > half else None
-            groups[verdict or "is not told apart from"].append(method)
-        said = [f"{', '.join(who)} {verb} static" for verb, who in groups.items() if who]
+            groups[_verdict(over)].append(_label(method))
+        said = [f"{_and(who)} {verb} static" for verb, who in groups.items() if who]
         if said:
             lines.append(f"- density {density}: {'; '.join(said)}.")
     return "\n".join(lines)
 
 
+def _verdict(over: tuple[float, float]) -> str:
+    """A paired difference and half of its interval -> one of VERDICTS."""
+    mean, half = over
+    return VERDICTS[0] if mean > half else VERDICTS[1] if -mean > half else VERDICTS[2]
+
+
+def _and(names: list[str]) -> str:
+    """Set apart, because a name may hold a comma."""
+    return ", ".join(f"*{name}*" for name in names)
+
+
 def _plot(group: experiments.Group, runs: Runs) -> str:
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     methods = dict.fromkeys(v.partition("-")[0] for v in runs if "-" in v)
     for at, method in enumerate(methods):
@@ -205,13 +250,17 @@ def _plot(group: experiments.Group, runs: Runs) -> str:
         if not points:
             continue
         density, mean, half = zip(*points, strict=True)
+        half = [0 if h == float("inf") else h for h in half]
         # Side by side, so that the bars do not hide each other.
         shifted = [d * 1.02 ** (at - len(methods) / 2) for d in density]
-        axis.errorbar(shifted, mean, half, marker="o", markersize=4, capsize=3, label=method)
+        axis.errorbar(
+            shifted, mean, half, marker="o", markersize=4, capsize=3, label=_label(method)
+        )
     if runs["dense"]:
         mean, half = _interval([_accuracy(run) for run in runs["dense"].values()])
         axis.axhline(mean, color="0.4", linewidth=1, label="dense")
-        axis.axhspan(mean - half, mean + half, color="0.85")
+        if half != float("inf"):
+            axis.axhspan(mean - half, mean + half, color="0.85")
     axis.set_xscale("log")
     ticks = sorted({float(v.partition("-")[2]) for v in runs if "-" in v})
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -267,13 +316,7 @@ def _thesis(group: experiments.Group, runs: Runs) -> str:
         for variant in runs:
             over = _over(runs, variant, "static") if variant.startswith(f"{table}-") else None
             if over is not None:
-                mean, half = over
-                verb = "beats" if mean > half else "loses to" if -mean > half else None
                 share = variant.rpartition("-")[2]
-                said.append((title.split(":")[0], share, verb or "is not told apart from"))
-    parts.append(
-        "\n".join(
-            f"- {table}, K = {share}: {verb} the static topology." for table, share, verb in said
-        )
-    )
+                said.append(f"{title.split(':')[0]}, K = {share}: they {_verdict(over)} static")
+    parts.append("\n".join(f"- {line}." for line in said))
     return "\n\n".join(parts)

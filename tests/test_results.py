@@ -52,7 +52,8 @@ def test_every_group_names_runs_that_can_be():
         if job.seed == 0:
             check(parse(list(job.flags)))
     compared = set(real.GROUPS["mlp-strokes"].variants)
-    assert {f"{m}-{d}" for m in real.METHODS for d in (0.1, 0.05, 0.02)} | {"dense"} == compared
+    methods = [*real.METHODS, *real.FURTHER]
+    assert {f"{m}-{d}" for m in methods for d in (0.1, 0.05, 0.02)} | {"dense"} == compared
 
 
 def test_a_run_that_was_cut_off_goes_on_and_is_the_same(monkeypatch):
@@ -127,7 +128,7 @@ def test_the_page_says_what_is_there_and_what_is_missing():
 
 @pytest.mark.parametrize(
     ("differences", "verdict"),
-    [((1.0, 1.1), "beats"), ((-1.0, -1.1), "loses to"), ((1.0, -0.5), "is not told apart from")],
+    [((1.0, 1.1), "beat"), ((-1.0, -1.1), "lose to"), ((1.0, -0.5), "are not told apart from")],
 )
 def test_verdicts(differences, verdict):
     runs = {
@@ -136,4 +137,4 @@ def test_verdicts(differences, verdict):
             s: {"final": {"test_accuracy": 0.5 + d / 100}} for s, d in enumerate(differences)
         },
     }
-    assert results_page._verdicts(runs) == f"- density 0.2: set {verdict} static."
+    assert results_page._verdicts(runs) == f"- density 0.2: *set* {verdict} static."
