@@ -301,12 +301,14 @@ def test_resize_moves_values_and_optimizer_state_together(
         return tensor[layer.topology.slots.long()].clone()
 
     parameter, weight = layer.values, layer.dense_weight().detach()
+    gradient = by_key(layer.values.grad)
     state = {} if opt is None else opt.state[layer.values]
     before = {name: by_key(t) for name, t in state.items() if t is not None and t.dim() == 3}
     assert len(before) == {"sgd": 1, "adam": 2, None: 0}[optimizer]
     resize(layer, opt, capacity)
     assert layer.values is parameter and layer.values.shape == (capacity, 1, 1)
-    assert layer.values.grad is None
+    assert layer.values.grad.shape == layer.values.shape
+    assert torch.equal(by_key(layer.values.grad), gradient)
     assert torch.equal(layer.dense_weight(), weight)
     for name, rows in before.items():
         tensor = opt.state[layer.values][name]
