@@ -16,7 +16,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 RESULTS, IMAGES = DOCS / "results", DOCS / "images"
 PAGE = DOCS / "results.md"
 
-VERDICTS = ("beat", "lose to", "are not told apart from")
+VERDICTS = ("beats", "loses to", "not told apart from")
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # variant -> seed -> what its file holds
 
@@ -89,6 +89,8 @@ def _head(read: dict[str, Runs]) -> str:
         "that interval lies above zero. With 3 seeds it is wide: what is not shown may still be. "
         "Every group makes up to fifteen such comparisons, each at 95 % by itself: a single "
         "narrow one may be luck.",
+        "- *Similarity, RigL's schedule* finds what RigL finds: it differs in that the optimizer "
+        "steps at an update as well. *Over 10 steps* searches the vectors of ten steps together.",
         "- Training FLOPs count the search, as a share of the dense network's "
         "([formulas](methods.md#flops)). For SNFS they are the papers' 2 f_S + f_D.",
         "- CPU time is that of the run's one thread, reading the data included; both times are "
@@ -224,7 +226,7 @@ def _verdicts(runs: Runs) -> str:
             if over is None:
                 continue
             groups[_verdict(over)].append(_label(method))
-        said = [f"{_and(who)} {verb} static" for verb, who in groups.items() if who]
+        said = [f"{verb} static: {_and(who)}" for verb, who in groups.items() if who]
         if said:
             lines.append(f"- density {density}: {'; '.join(said)}.")
     return "\n".join(lines)
@@ -242,7 +244,7 @@ def _and(names: list[str]) -> str:
 
 
 def _plot(group: experiments.Group, runs: Runs) -> str:
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     axis = figure.subplots()
     methods = dict.fromkeys(v.partition("-")[0] for v in runs if "-" in v)
     for at, method in enumerate(methods):
@@ -273,7 +275,7 @@ def _plot(group: experiments.Group, runs: Runs) -> str:
     axis.set_ylabel("test accuracy, % (bars: 95 % interval)")
     axis.set_title(group.title)
     axis.grid(alpha=0.3)
-    axis.legend()
+    figure.legend(loc="outside right upper", frameon=False)
     IMAGES.mkdir(exist_ok=True)
     name = f"results-{group.name}.png"
     figure.savefig(IMAGES / name, dpi=110)
@@ -324,6 +326,6 @@ def _thesis(group: experiments.Group, runs: Runs) -> str:
             over = _over(runs, variant, "static") if variant.startswith(f"{table}-") else None
             if over is not None:
                 share = variant.rpartition("-")[2]
-                said.append(f"{title.split(':')[0]}, K = {share}: they {_verdict(over)} static")
+                said.append(f"{title.split(':')[0]}, K = {share}: {_verdict(over)} static")
     parts.append("\n".join(f"- {line}." for line in said))
     return "\n\n".join(parts)

@@ -123,12 +123,12 @@ def test_the_page_says_what_is_there_and_what_is_missing():
                   if j.variant == "set-0.2"]  # fmt: skip
     half = 12.706 * abs(accuracies[0] - accuracies[1]) / 2
     assert f"| 0.2 | set | {sum(accuracies) / 2:.2f} ± {half:.2f} |" in page
-    assert "density 0.2:" in page and "static." in page
+    assert "density 0.2:" in page and "static: *set*" in page
 
 
 @pytest.mark.parametrize(
     ("differences", "verdict"),
-    [((1.0, 1.1), "beat"), ((-1.0, -1.1), "lose to"), ((1.0, -0.5), "are not told apart from")],
+    [((1.0, 1.1), "beats"), ((-1.0, -1.1), "loses to"), ((1.0, -0.5), "not told apart from")],
 )
 def test_verdicts(differences, verdict):
     runs = {
@@ -137,4 +137,4 @@ def test_verdicts(differences, verdict):
             s: {"final": {"test_accuracy": 0.5 + d / 100}} for s, d in enumerate(differences)
         },
     }
-    assert results_page._verdicts(runs) == f"- density 0.2: *set* {verdict} static."
+    assert results_page._verdicts(runs) == f"- density 0.2: {verdict} static: *set*."
