@@ -82,8 +82,9 @@ def _head(read: dict[str, Runs]) -> str:
         lines.append(f"{wanted - len(every)} runs are still missing.")
     lines += [
         "",
-        "- Each method runs with its own paper's schedule ([methods](methods.md)); ERK, the same "
-        "data, split, weights and batches for one seed.",
+        "- Each method runs with its own paper's schedule ([methods](methods.md)) where the "
+        "group's command names no other; ERK, the same data, split, weights and batches for one "
+        "seed.",
         "- ± is half of a 95 % interval (Student's t over the seeds). *Over static* is the "
         "difference to the static network of the same seed, paired; a method *beats* static where "
         "that interval lies above zero. With 3 seeds it is wide: what is not shown may still be. "
