@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dst.layers import SparseLayer
@@ -37,7 +38,12 @@ class Part(NamedTuple):
 
     def keys(self) -> Tensor:
         """Of its alive blocks, sorted, int64 (alive,), counted from its own first row."""
-        return self.layer.topology.keys()[self._range] - self.offset
+        # Not out of the whole layer's: that would build them anew for every group.
+        topology, n_rows = self.layer.topology, self.grid.n_rows
+        counts = topology.row_offsets[self.first_row : self.first_row + n_rows + 1].diff()
+        rows = torch.arange(n_rows, device=counts.device)
+        rows = rows.repeat_interleave(counts, output_size=self.alive)
+        return rows * self.grid.n_cols + topology.cols[self._range]
 
     def take(self, values: Tensor) -> Tensor:
         """Its blocks (alive, bh, bw) of ``values`` (capacity, bh, bw), in canonical order."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from dst.drop import block_norms
@@ -88,7 +88,7 @@ def mean_weights(
     """Of every part, not negative and finite. Raises InputError for NaN or inf."""
     weights = [how(part, state) for part, state in zip(every, states, strict=True)]
     for part, weight in zip(every, weights, strict=True):
-        if not torch.isfinite(torch.tensor(weight)):
+        if not math.isfinite(weight):
             raise InputError(
                 f"the share of layer {part.name!r} in what is grown became {weight}: "
                 "lower the learning rate"
