@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,13 +22,18 @@ class Connections(NamedTuple):
 
     row, col: int64 (count,). score: float (count,), larger is more similar: |g| for ``abs-ip`` (the
     Frobenius norm of G over a block), g for ``ip``, minus the squared distance for ``l2``.
-    flops: floating-point operations that the search took.
+    flops: floating-point operations that the search took. report: what the search says of itself,
+    by name: how it searched, which share of the best connections it expects to have found.
+    state: what to pass as ``state`` to the next search of this layer, from a strategy that decides
+    something once; None from the others.
     """
 
     row: Tensor
     col: Tensor
     score: Tensor
     flops: int = 0
+    report: Mapping[str, str | float] = MappingProxyType({})
+    state: str | None = None
 
 
 class Grid(NamedTuple):

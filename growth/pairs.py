@@ -6,6 +6,7 @@ the batch (and, in a convolution, over positions): G = dz^T x. Nothing here ever
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
@@ -54,6 +55,35 @@ class Pairs(ABC):
         assert total is not None
         return total
 
+    @property
+    def has_vectors(self) -> bool:
+        """Whether ``chunks`` and what rests on it can be asked for."""
+        return True
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """All chunks in one: (x: (samples, n_in), dz: (samples, n_out)).
+
+        A linear layer's are there already; a convolution's are unfolded whole, taps times the
+        size of its input, which is for the searches that cannot do without.
+        """
+        x, dz = zip(*self.chunks(), strict=True)
+        return (x[0], dz[0]) if len(x) == 1 else (torch.cat(x), torch.cat(dz))
+
+    def products_at(self, row: Tensor, col: Tensor) -> Tensor:
+        """Single entries of G, signed: (count,).
+
+        row, col: int64 (count,), sorted by row and, within one, by column. Memory O(count) beside a
+        chunk. Time grows with count x samples, and single entries are gathered much more slowly
+        than a product computes all: above some 3 % of G, take ``products``.
+        """
+        offsets = _row_offsets(row, self.n_out)
+        total: Tensor | None = None
+        for x, dz in self.chunks():
+            part = _sampled_products(dz, x, offsets, col)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
+
     def squared_norms(self) -> tuple[Tensor, Tensor]:
         """Squared Euclidean norms of the vectors: ((n_in,) of x, (n_out,) of dz)."""
         of_x = of_dz = torch.zeros((), device=self.device)
@@ -61,6 +91,23 @@ class Pairs(ABC):
             of_x = of_x + x.square().sum(0)
             of_dz = of_dz + dz.square().sum(0)
         return of_x, of_dz
+
+
+def _row_offsets(row: Tensor, n_rows: int) -> Tensor:
+    """Where each row's entries begin, and the end: int64 (n_rows + 1,)."""
+    counts = torch.bincount(row, minlength=n_rows)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _sampled_products(dz: Tensor, x: Tensor, offsets: Tensor, col: Tensor) -> Tensor:
+    """Entries of dz^T x at the rows that ``offsets`` delimits and the columns ``col``."""
+    shape = (dz.shape[1], x.shape[1])
+    zeros = torch.zeros(col.numel(), dtype=x.dtype, device=x.device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        # The entries are our own and sorted: checking them would cost as much as the products.
+        where = torch.sparse_csr_tensor(offsets, col, zeros, shape, check_invariants=False)
+        return torch.sparse.sampled_addmm(where, dz.T.contiguous(), x, beta=0.0).values()
 
 
 class _Recording(Pairs):
@@ -220,6 +267,12 @@ class JoinedPairs(Pairs):
             total = total + part.products(start, stop)
         return total
 
+    def products_at(self, row: Tensor, col: Tensor) -> Tensor:
+        total = self.parts[0].products_at(row, col)
+        for part in self.parts[1:]:
+            total = total + part.products_at(row, col)
+        return total
+
     def squared_norms(self) -> tuple[Tensor, Tensor]:
         of_x, of_dz = zip(*(part.squared_norms() for part in self.parts), strict=True)
         return torch.stack(of_x).sum(0), torch.stack(of_dz).sum(0)
@@ -242,12 +295,19 @@ class RowPairs(Pairs):
     def is_finite(self) -> bool:
         return self.whole.is_finite()
 
+    @property
+    def has_vectors(self) -> bool:
+        return self.whole.has_vectors
+
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         for x, dz in self.whole.chunks():
             yield x, dz[:, self.start : self.start + self.n_out]
 
     def products(self, start: int, stop: int) -> Tensor:
         return self.whole.products(self.start + start, self.start + stop)
+
+    def products_at(self, row: Tensor, col: Tensor) -> Tensor:
+        return self.whole.products_at(self.start + row, col)
 
     def squared_norms(self) -> tuple[Tensor, Tensor]:
         of_x, of_dz = self.whole.squared_norms()
@@ -275,6 +335,13 @@ class StoredGradient(Pairs):
     def device(self) -> torch.device:
         return self.gradient.device
 
+    @property
+    def has_vectors(self) -> bool:
+        return False
+
+    def products_at(self, row: Tensor, col: Tensor) -> Tensor:
+        return self.gradient[row, col]
+
     def is_finite(self) -> bool:
         return bool(self.gradient.isfinite().all())
 
@@ -298,6 +365,10 @@ class NoVectors(Pairs):
     @property
     def device(self) -> torch.device:
         return self._device
+
+    @property
+    def has_vectors(self) -> bool:
+        return False
 
     def is_finite(self) -> bool:
         return True
