@@ -59,6 +59,11 @@ class Momentum:
             )
         return state.mul_(self.decay).add_(gradient)
 
+    def observe_flops(self, pairs: Pairs | tuple[Tensor, Tensor]) -> int:
+        """A dense weight gradient."""
+        pairs = as_pairs(pairs)
+        return 2 * pairs.samples * pairs.n_in * pairs.n_out
+
     def __call__(
         self,
         pairs: Pairs | tuple[Tensor, Tensor],

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
 from growth.errors import InputError
 
-# Floats of an unfolded chunk of a convolution's input: 32 MB.
-CHUNK_FLOATS = 8 << 20
+# Share of G's entries above which computing all of it, and taking the ones that are asked for, is
+# faster than computing those alone.
+SINGLES_SHARE = 0.04
+# Entries of G held at a time to take single ones from: 32 MB.
+TILE_FLOATS = 8 << 20
 
 
 class Pairs(ABC):
@@ -69,20 +70,85 @@ class Pairs(ABC):
         x, dz = zip(*self.chunks(), strict=True)
         return (x[0], dz[0]) if len(x) == 1 else (torch.cat(x), torch.cat(dz))
 
+    def gram(self) -> Tensor:
+        """Inner products of all vectors with each other, of x and dz alike, in float64:
+        (n_in + n_out, n_in + n_out)."""
+        total: Tensor | None = None
+        for chunk in self.chunks():
+            both = torch.cat(chunk, dim=1)
+            part = (both.T @ both).double()
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
+
     def products_at(self, row: Tensor, col: Tensor) -> Tensor:
         """Single entries of G, signed: (count,).
 
         row, col: int64 (count,), sorted by row and, within one, by column. Memory O(count) beside a
-        chunk. Time grows with count x samples, and single entries are gathered much more slowly
-        than a product computes all: above some 3 % of G, take ``products``.
+        chunk. Single entries are gathered much more slowly than a product computes all: more than
+        ``SINGLES_SHARE`` of G are taken from ``products``, a tile of rows at a time.
         """
-        offsets = _row_offsets(row, self.n_out)
+        if row.numel() > SINGLES_SHARE * self.n_out * self.n_in:
+            return self._gathered_products(row, col)
+        return self._single_products(row, col)
+
+    def _gathered_products(self, row: Tensor, col: Tensor) -> Tensor:
+        step = max(1, TILE_FLOATS // self.n_in)
+        starts = range(0, self.n_out, step)
+        splits = torch.searchsorted(row, torch.tensor([*starts, self.n_out], device=row.device))
+        found = []
+        for start, first, last in zip(
+            starts, splits[:-1].tolist(), splits[1:].tolist(), strict=True
+        ):
+            if last > first:
+                tile = self.products(start, min(start + step, self.n_out))
+                found.append(tile[row[first:last] - start, col[first:last]])
+        return torch.cat(found)
+
+    def _single_products(self, row: Tensor, col: Tensor) -> Tensor:
+        offsets = row_offsets(row, self.n_out)
         total: Tensor | None = None
         for x, dz in self.chunks():
-            part = _sampled_products(dz, x, offsets, col)
+            part = sampled_products(dz, x, offsets, col)
             total = part if total is None else total.add_(part)
         assert total is not None
         return total
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """G @ matrix, (n_out, width), for a matrix (n_in, width). Never holds G: time
+        O(samples x (n_in + n_out) x width)."""
+        total: Tensor | None = None
+        for x, dz in self.chunks():
+            part = dz.T @ (x @ matrix.to(x.dtype))
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
+
+    def transposed_times(self, matrix: Tensor) -> Tensor:
+        """G^T @ matrix, (n_in, width), for a matrix (n_out, width); see ``times``."""
+        total: Tensor | None = None
+        for x, dz in self.chunks():
+            part = x.T @ (dz @ matrix.to(dz.dtype))
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
+
+    def narrowed(self, rows: Tensor, channels: Tensor) -> Pairs:
+        """The vectors of some outputs and of some input channels, at all taps, alone.
+
+        rows, channels: sorted, unique int64.
+        """
+        return _NarrowedPairs(self, rows, channels)
+
+    def pooled(self) -> Pairs:
+        """Cheaper pairs of nearly the same products, over averages of neighbouring positions; these
+        very pairs where there are no positions to average over."""
+        return self
+
+    def columns_of(self, channels: Tensor) -> Tensor:
+        """Columns of the channels at all taps, ascending where the channels are."""
+        first = torch.arange(0, self.n_in, self.n_in // self.taps, device=channels.device)
+        return (first[:, None] + channels).flatten()
 
     def squared_norms(self) -> tuple[Tensor, Tensor]:
         """Squared Euclidean norms of the vectors: ((n_in,) of x, (n_out,) of dz)."""
@@ -93,13 +159,18 @@ class Pairs(ABC):
         return of_x, of_dz
 
 
-def _row_offsets(row: Tensor, n_rows: int) -> Tensor:
+def all_finite(values: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor inf, as its ends tell without another tensor."""
+    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
+
+
+def row_offsets(row: Tensor, n_rows: int) -> Tensor:
     """Where each row's entries begin, and the end: int64 (n_rows + 1,)."""
     counts = torch.bincount(row, minlength=n_rows)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def _sampled_products(dz: Tensor, x: Tensor, offsets: Tensor, col: Tensor) -> Tensor:
+def sampled_products(dz: Tensor, x: Tensor, offsets: Tensor, col: Tensor) -> Tensor:
     """Entries of dz^T x at the rows that ``offsets`` delimits and the columns ``col``."""
     shape = (dz.shape[1], x.shape[1])
     zeros = torch.zeros(col.numel(), dtype=x.dtype, device=x.device)
@@ -110,7 +181,7 @@ def _sampled_products(dz: Tensor, x: Tensor, offsets: Tensor, col: Tensor) -> Te
         return torch.sparse.sampled_addmm(where, dz.T.contiguous(), x, beta=0.0).values()
 
 
-class _Recording(Pairs):
+class Recording(Pairs):
     """One recorded pair of tensors; ``scale`` multiplies dz when it is read."""
 
     x: Tensor
@@ -122,20 +193,21 @@ class _Recording(Pairs):
         return self.x.device
 
     def is_finite(self) -> bool:
-        return bool(self.x.isfinite().all() & self.dz.isfinite().all())
+        return all_finite(self.x) and all_finite(self.dz)
 
     def _dtype(self) -> torch.dtype:
         return torch.float64 if torch.float64 in (self.x.dtype, self.dz.dtype) else torch.float32
 
 
-class LinearPairs(_Recording):
+class LinearPairs(Recording):
     """One recording of a linear layer.
 
     x: (..., n_in); dz: (..., n_out), the same leading shape. scale: what dz is multiplied with when
-    it is read, so that a loss scaled for fp16 is unscaled in float32.
+    it is read, so that a loss scaled for fp16 is unscaled in float32. taps: of the convolution that
+    stands behind factors x and dz of its gradient.
     """
 
-    def __init__(self, x: Tensor, dz: Tensor, scale: float = 1.0) -> None:
+    def __init__(self, x: Tensor, dz: Tensor, scale: float = 1.0, taps: int = 1) -> None:
         if x.dim() < 2 or dz.dim() < 2 or x.shape[:-1] != dz.shape[:-1]:
             raise InputError(
                 f"x {tuple(x.shape)} and dz {tuple(dz.shape)} must be (batch, n_in) and "
@@ -144,7 +216,7 @@ class LinearPairs(_Recording):
         if not (x.is_floating_point() and dz.is_floating_point()):
             raise InputError(f"x and dz must be floating point, not {x.dtype} and {dz.dtype}")
         self.x, self.dz = x.detach().flatten(0, -2), dz.detach().flatten(0, -2)
-        self.scale = scale
+        self.scale, self.taps = scale, taps
         self.n_in, self.n_out, self.samples = x.shape[-1], dz.shape[-1], self.x.shape[0]
         if 0 in (self.n_in, self.n_out, self.samples):
             raise InputError(f"x {tuple(x.shape)} and dz {tuple(dz.shape)} must not be empty")
@@ -154,101 +226,66 @@ class LinearPairs(_Recording):
         dz = self.dz.to(dtype)
         yield self.x.to(dtype), dz if self.scale == 1.0 else dz * self.scale
 
+    def narrowed(self, rows: Tensor, channels: Tensor) -> Pairs:
+        columns = self.columns_of(channels)
+        return LinearPairs(self.x[:, columns], self.dz[:, rows], self.scale, self.taps)
 
-class ConvPairs(_Recording):
-    """One recording of a convolution.
 
-    x: (batch, C, H, W), already padded where the padding is not the same on both sides;
-    dz: (batch, n_out, H', W'). The vectors run over batch and positions.
-    """
+class _NarrowedPairs(Pairs):
+    """Some outputs and input channels of pairs that are known by their chunks alone."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        dz: Tensor,
-        kernel_size: tuple[int, int],
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int] = (0, 0),
-        dilation: tuple[int, int] = (1, 1),
-        scale: float = 1.0,
-    ) -> None:
-        if x.dim() != 4 or dz.dim() != 4 or x.shape[0] != dz.shape[0]:
-            raise InputError(
-                f"x {tuple(x.shape)} and dz {tuple(dz.shape)} must be (batch, C, H, W) and "
-                "(batch, n_out, H', W') over the same batch"
-            )
-        expected = tuple(
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, p, d, k, s in zip(
-                x.shape[2:], padding, dilation, kernel_size, stride, strict=True
-            )
-        )
-        if tuple(dz.shape[2:]) != expected:
-            raise InputError(
-                f"dz has {tuple(dz.shape[2:])} positions, but kernel {kernel_size}, stride "
-                f"{stride}, padding {padding} and dilation {dilation} make {expected}"
-            )
-        self.x, self.dz, self.scale = x.detach(), dz.detach(), scale
-        self.kernel_size, self.stride = kernel_size, stride
-        self.padding, self.dilation = padding, dilation
-        self.taps = kernel_size[0] * kernel_size[1]
-        self.n_in, self.n_out = x.shape[1] * self.taps, dz.shape[1]
-        self.samples = dz.shape[0] * dz.shape[2] * dz.shape[3]
+    def __init__(self, whole: Pairs, rows: Tensor, channels: Tensor) -> None:
+        self.whole, self.rows, self.columns = whole, rows, whole.columns_of(channels)
+        self.n_in, self.n_out, self.taps = self.columns.numel(), rows.numel(), whole.taps
+        self.samples = whole.samples
+
+    @property
+    def device(self) -> torch.device:
+        return self.whole.device
+
+    def is_finite(self) -> bool:
+        return self.whole.is_finite()
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Unfolds as many examples at a time as fit in ``CHUNK_FLOATS``, at least one."""
-        dtype = self._dtype()
-        positions = self.dz.shape[2] * self.dz.shape[3]
-        step = max(1, CHUNK_FLOATS // (positions * self.n_in))
-        for start in range(0, self.x.shape[0], step):
-            x = self.x[start : start + step].to(dtype)
-            dz = self.dz[start : start + step].to(dtype)
-            columns = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)
-            columns = columns.view(x.shape[0], x.shape[1], self.taps, positions)
-            columns = columns.permute(0, 3, 2, 1).reshape(-1, self.n_in)
-            dz = dz.flatten(2).transpose(1, 2).reshape(-1, self.n_out)
-            yield columns, dz if self.scale == 1.0 else dz * self.scale
-
-    def products(self, start: int, stop: int) -> Tensor:
-        """Through the convolution library's weight gradient, which never unfolds."""
-        dtype = self._dtype()
-        size = (stop - start, self.x.shape[1], *self.kernel_size)
-        tile = conv2d_weight(
-            self.x.to(dtype),
-            size,
-            self.dz[:, start:stop].to(dtype).contiguous(),
-            self.stride,
-            self.padding,
-            self.dilation,
-        )
-        return (tile.permute(0, 2, 3, 1) * self.scale).reshape(stop - start, self.n_in)
-
-    def squared_norms(self) -> tuple[Tensor, Tensor]:
-        """The norms of x are the weight gradient of x squared under a gradient of ones."""
-        dtype = self._dtype()
-        ones = self.x.new_ones((self.dz.shape[0], 1, *self.dz.shape[2:]), dtype=dtype)
-        size = (1, self.x.shape[1], *self.kernel_size)
-        of_x = conv2d_weight(
-            self.x.to(dtype).square(), size, ones, self.stride, self.padding, self.dilation
-        )
-        of_dz = (self.dz.to(dtype) * self.scale).square().sum((0, 2, 3))
-        return of_x.permute(0, 2, 3, 1).flatten(), of_dz
+        for x, dz in self.whole.chunks():
+            yield x[:, self.columns], dz[:, self.rows]
 
 
 class JoinedPairs(Pairs):
     """Several recordings of one layer, as if they had been one batch: micro-batches, several
-    steps, or several calls in one forward pass."""
+    steps, or several calls in one forward pass.
 
-    def __init__(self, parts: Sequence[Pairs]) -> None:
+    decay: in [0, 1], what the gradient of a recording is multiplied with for every later one, so
+    that the recordings of the last steps make a decayed sum of their gradients; 1: a plain sum.
+    """
+
+    def __init__(self, parts: Sequence[Pairs], decay: float = 1.0) -> None:
         if not parts:
             raise InputError("no recordings to join")
+        if not 0 <= decay <= 1:
+            raise InputError(f"decay {decay} of joined recordings must lie in [0, 1]")
         first = parts[0]
         shapes = {(part.n_in, part.n_out, part.taps) for part in parts}
         if len(shapes) > 1:
             raise InputError(f"recordings of different layers cannot be joined: {sorted(shapes)}")
-        self.parts = tuple(parts)
+        self.parts, self.decay = tuple(parts), decay
         self.n_in, self.n_out, self.taps = first.n_in, first.n_out, first.taps
         self.samples = sum(part.samples for part in parts)
+
+    def _weighted(self) -> Iterator[tuple[Pairs, float]]:
+        last = len(self.parts) - 1
+        for k, part in enumerate(self.parts):
+            yield part, self.decay ** (last - k)
+
+    def _sum(self, of: Callable[[Pairs], Tensor]) -> Tensor:
+        """Of what is linear in dz, over the parts."""
+        total: Tensor | None = None
+        for part, weight in self._weighted():
+            term = of(part)
+            term = term if weight == 1.0 else term * weight
+            total = term if total is None else total + term
+        assert total is not None
+        return total
 
     @property
     def device(self) -> torch.device:
@@ -257,24 +294,43 @@ class JoinedPairs(Pairs):
     def is_finite(self) -> bool:
         return all(part.is_finite() for part in self.parts)
 
+    @property
+    def has_vectors(self) -> bool:
+        return all(part.has_vectors for part in self.parts)
+
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for part in self.parts:
-            yield from part.chunks()
+        for part, weight in self._weighted():
+            for x, dz in part.chunks():
+                yield x, dz if weight == 1.0 else dz * weight
 
     def products(self, start: int, stop: int) -> Tensor:
-        total = self.parts[0].products(start, stop)
-        for part in self.parts[1:]:
-            total = total + part.products(start, stop)
-        return total
+        return self._sum(lambda part: part.products(start, stop))
 
     def products_at(self, row: Tensor, col: Tensor) -> Tensor:
-        total = self.parts[0].products_at(row, col)
-        for part in self.parts[1:]:
-            total = total + part.products_at(row, col)
-        return total
+        return self._sum(lambda part: part.products_at(row, col))
+
+    def times(self, matrix: Tensor) -> Tensor:
+        return self._sum(lambda part: part.times(matrix))
+
+    def transposed_times(self, matrix: Tensor) -> Tensor:
+        return self._sum(lambda part: part.transposed_times(matrix))
+
+    def narrowed(self, rows: Tensor, channels: Tensor) -> Pairs:
+        return JoinedPairs([part.narrowed(rows, channels) for part in self.parts], self.decay)
+
+    def pooled(self) -> Pairs:
+        parts = [part.pooled() for part in self.parts]
+        if all(new is old for new, old in zip(parts, self.parts, strict=True)):
+            return self
+        return JoinedPairs(parts, self.decay)
 
     def squared_norms(self) -> tuple[Tensor, Tensor]:
         of_x, of_dz = zip(*(part.squared_norms() for part in self.parts), strict=True)
+        if self.decay != 1.0:
+            of_dz = tuple(
+                norms * weight**2
+                for norms, (_, weight) in zip(of_dz, self._weighted(), strict=True)
+            )
         return torch.stack(of_x).sum(0), torch.stack(of_dz).sum(0)
 
 
@@ -309,6 +365,13 @@ class RowPairs(Pairs):
     def products_at(self, row: Tensor, col: Tensor) -> Tensor:
         return self.whole.products_at(self.start + row, col)
 
+    def narrowed(self, rows: Tensor, channels: Tensor) -> Pairs:
+        return self.whole.narrowed(self.start + rows, channels)
+
+    def pooled(self) -> Pairs:
+        whole = self.whole.pooled()
+        return self if whole is self.whole else RowPairs(whole, self.start, self.start + self.n_out)
+
     def squared_norms(self) -> tuple[Tensor, Tensor]:
         of_x, of_dz = self.whole.squared_norms()
         return of_x, of_dz[self.start : self.start + self.n_out]
@@ -342,8 +405,11 @@ class StoredGradient(Pairs):
     def products_at(self, row: Tensor, col: Tensor) -> Tensor:
         return self.gradient[row, col]
 
+    def narrowed(self, rows: Tensor, channels: Tensor) -> Pairs:
+        return StoredGradient(self.gradient[rows][:, self.columns_of(channels)], self.taps)
+
     def is_finite(self) -> bool:
-        return bool(self.gradient.isfinite().all())
+        return all_finite(self.gradient)
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         raise InputError("a stored gradient has no vectors: search it by its products")

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from growth.conv_pairs import ConvPairs
 from growth.errors import InputError
-from growth.pairs import ConvPairs, JoinedPairs, LinearPairs, Pairs
+from growth.pairs import JoinedPairs, LinearPairs, Pairs
 
 
 class Recorder:

@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from growth.connections import Block, Connections
+from growth.errors import InputError
 from growth.pairs import Pairs
 
 METRICS = ("abs-ip", "ip", "l2")
+
+
+def check_metric(metric: str) -> None:
+    """Raise InputError unless it is one of ``METRICS``."""
+    if metric not in METRICS:
+        raise InputError(f"metric {metric!r} is unknown: choose {', '.join(METRICS)}")
 
 
 class Strategy(Protocol):
@@ -52,4 +59,8 @@ class Observer(Strategy, Protocol):
     def observe(self, pairs: Pairs | tuple[Tensor, Tensor], state: Tensor | None) -> Tensor:
         """What to keep after a step, from its vectors and what was kept before (None at first),
         which may be overwritten."""
+        ...
+
+    def observe_flops(self, pairs: Pairs | tuple[Tensor, Tensor]) -> int:
+        """Floating-point operations that ``observe`` takes for these vectors."""
         ...

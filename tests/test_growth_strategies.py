@@ -1,6 +1,5 @@
 """One suite of invariants for every growth strategy, and what each one promises by itself."""
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from growth import (
     METRICS,
     STRATEGIES,
     ConvPairs,
+    Dense,
     Exact,
     Faiss,
     InputError,
@@ -63,11 +63,6 @@ def strategy(request: pytest.FixtureRequest) -> growth.Strategy:
         return STRATEGIES[request.param]()
     except MissingLibraryError as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def faiss_installed() -> None:
-    pytest.importorskip("faiss", reason="faiss is not installed: pip install 'sparsegrow[cpu]'")
 
 
 # What every strategy must do.
@@ -345,7 +340,7 @@ def test_exact_equals_brute_force(
     query: tuple[growth.Pairs, int, Tensor, str, tuple[int, int], int],
 ) -> None:
     pairs, count, active, metric, block, tile_floats = query
-    found = Exact(metric, tile_floats)(pairs, count, active, block=block)
+    found = Dense(metric, tile_floats)(pairs, count, active, block=block)
     keys, scores = _brute_force(pairs, count, active, metric, block)
     n_cols = growth.Grid.of(pairs.n_out, pairs.n_in, pairs.taps, block).n_cols
     assert _keys(found, n_cols) == keys
@@ -372,7 +367,7 @@ def test_exact_keeps_its_candidates_in_bounds() -> None:
     """Far more candidates than the buffer holds: every tile beats all that was before it."""
     n_out, n_in = 600, 500
     x, dz = torch.ones(1, n_in), torch.arange(1.0, n_out + 1)[None]
-    found = Exact(tile_floats=2 * n_in)((x, dz), 1250, NONE)
+    found = Dense(tile_floats=2 * n_in)((x, dz), 1250, NONE)
     # The two highest rows whole, and the lowest keys of the third.
     whole = range(598 * n_in, 600 * n_in)
     assert _keys(found, n_in) == [*range(597 * n_in, 597 * n_in + 250), *whole]
@@ -381,7 +376,7 @@ def test_exact_keeps_its_candidates_in_bounds() -> None:
 def test_exact_never_holds_the_gradient() -> None:
     pairs = LinearPairs(torch.randn(4, 2000), torch.randn(4, 1000))
     with LargestTensor() as watch:
-        Exact(tile_floats=20_000)(pairs, 100, NONE)
+        Dense(tile_floats=20_000)(pairs, 100, NONE)
     assert watch.largest <= 3 * 100 + (64 << 10) + 20_000
 
 
@@ -417,106 +412,6 @@ def test_l2_of_two_recordings_adds_up() -> None:
     keys, scores = _brute_force(LinearPairs(x, dz), 8, NONE, "l2", (1, 1))
     found = Exact("l2")(parts, 8, NONE)
     assert _keys(found, 5) == keys and found.score.tolist() == scores.tolist()
-
-
-# faiss.
-
-
-@pytest.mark.usefixtures("faiss_installed")
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(
-    st.sampled_from(METRICS),
-    st.sampled_from(KINDS),
-    st.tuples(st.integers(1, 5), st.integers(1, 12), st.integers(1, 12)),
-    st.integers(0, 10_000),
-    st.floats(0, 1),
-    st.floats(0, 1),
-)
-def test_faiss_with_every_neighbour_equals_brute_force(
-    metric: str, kind: str, shape: tuple[int, int, int], seed: int, alive: float, asked: float
-) -> None:
-    batch, n_in, n_out = shape
-    pairs = LinearPairs(*_vectors(kind, batch, n_in, n_out, seed))
-    order = torch.randperm(n_in * n_out, generator=_generator(seed))
-    active = order[: int(alive * order.numel())].sort().values
-    count = int(asked * (order.numel() - active.numel()))
-    found = Faiss(1.0, metric)(pairs, count, active)
-    keys, scores = _brute_force(pairs, count, active, metric, (1, 1))
-    assert _keys(found, n_in) == keys
-    np.testing.assert_allclose(found.score.numpy(), scores, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.usefixtures("faiss_installed")
-def test_faiss_misses_pairs_of_heavy_rows_as_figure_3_1_shows() -> None:
-    """Two of a row's five neighbours are looked at: row 0's third best, 33.1, stays unseen though
-    it is the third best of all."""
-    products = torch.tensor(
-        [
-            [40.0, 35.0, 33.1, 2.0, 1.0],
-            [3.0, 9.0, 1.0, 8.0, 2.0],
-            [7.0, 1.0, 2.0, 3.0, 6.0],
-        ]
-    )
-    pairs = (products, torch.eye(3))  # dz^T x = x
-    every, few = Faiss(1.0)(pairs, 4, NONE), Faiss(0.4)(pairs, 4, NONE)
-    assert _keys(every, 5) == [0, 1, 2, 6]
-    assert _keys(few, 5) == [0, 1, 6, 8]
-    assert few.score.tolist() == [40.0, 35.0, 9.0, 8.0]
-    assert _keys(Exact()(pairs, 4, NONE), 5) == _keys(every, 5)
-
-
-@pytest.mark.usefixtures("faiss_installed")
-def test_faiss_asks_again_until_there_are_enough() -> None:
-    """One neighbour a row, which is active: the first answer holds nothing."""
-    x, dz = torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.ones(1, 3)
-    active = torch.tensor([0, 4, 8])
-    found = Faiss(0.25, "ip")((x, dz), 4, active)
-    assert _keys(found, 4) == [1, 2, 5, 9]
-    # 1, 2 and 4 neighbours: two of each row make only 3 inactive ones.
-    assert found.flops == 3 * (2 * 1 * 4 * 3)
-    for metric in METRICS:
-        _check(Faiss(0.25, metric)((x, dz), 4, active), 4, active, 3, 4)
-        _check(Faiss(0.25, metric)((x, dz), 9, active), 9, active, 3, 4)
-
-
-@pytest.mark.usefixtures("faiss_installed")
-def test_faiss_abs_ip_sees_the_most_negative() -> None:
-    x, dz = torch.tensor([[1.0, -9.0, 3.0, 0.0]]), torch.ones(1, 1)
-    found = Faiss(0.25)((x, dz), 1, NONE)
-    assert _keys(found, 4) == [1] and found.score.tolist() == [9.0]
-
-
-@pytest.mark.usefixtures("faiss_installed")
-def test_faiss_products_that_overflow_are_refused_or_valid() -> None:
-    """Where a product overflows to -inf faiss has no neighbour to give and answers -1."""
-    x, dz = torch.full((2, 3), 1e30), torch.full((2, 4), 1e30)
-    try:
-        found = Faiss(1.0)((x, dz), 5, NONE)
-    except InputError as error:
-        assert "finite score" in str(error)
-    else:
-        _check(found, 5, NONE, 4, 3)
-    with pytest.raises(InputError, match="finite score"):
-        Faiss(1.0, "ip")((x, -dz), 5, NONE)
-
-
-@pytest.mark.usefixtures("faiss_installed")
-@pytest.mark.parametrize("k_similar", [0.0, -0.1, 1.5, float("nan")])
-def test_faiss_share_must_be_one(k_similar: float) -> None:
-    with pytest.raises(InputError, match=r"share in \(0, 1\]"):
-        Faiss(k_similar)
-
-
-@pytest.mark.usefixtures("faiss_installed")
-def test_faiss_refuses_blocks() -> None:
-    with pytest.raises(InputError, match="not blocks"):
-        Faiss()((torch.ones(2, 4), torch.ones(2, 4)), 1, NONE, block=(2, 2))
-
-
-def test_missing_faiss_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(MissingLibraryError, match=r"faiss.*pip install 'sparsegrow\[cpu\]'"):
-        Faiss()
 
 
 # Random growth.

@@ -29,3 +29,82 @@ def choose_linear(
     else:
         break_even = CUDA_BREAK_EVEN
     return "sparse" if density <= break_even else "dense"
+
+
+# The searches of growth, in nanoseconds on one core, from benchmarks/growth.py. They choose between
+# ways to the same result, so that only their ratios matter.
+NS_PER_FLOP = 0.01  # of a product of large tiles
+NS_PER_SCORE = 0.4  # to compare an entry of a tile with the threshold
+NS_PER_CANDIDATE = 120.0  # to hold, sort and merge what reached it
+NS_PER_RESCORED, NS_PER_RESCORED_FLOP = 20.0, 0.4  # a single entry, by its two vectors
+NS_PER_SORTED = 300.0  # a vector, by its norm
+NS_OF_DECOMPOSITION = 1.2e7
+# A bitmap of active connections, per bit and per active one; a search among sorted keys.
+NS_PER_BIT, NS_PER_SET_BIT, NS_PER_LOOKUP = 0.25, 8.0, 100.0
+# Beyond it the search's own memory would no longer be small.
+LARGEST_BITMAP_BYTES = 32 << 20
+# From this many pairs on, what spares products costs less than it saves.
+LEAST_SCANNED_PAIRS = 1 << 19
+# Candidates are rescored one by one: above this share of all pairs, tiles are the cheaper.
+LARGEST_RESCORED_SHARE = 0.04
+# A FLOP through Gram matrices costs this many in a plain tile, packing and rescoring included.
+GRAM_OVERHEAD = 1.5
+
+
+def active_bitmap_pays(active: int, size: int, questions: int) -> bool:
+    """Whether a bitmap of ``size`` connections costs less than ``questions`` binary searches."""
+    build = NS_PER_BIT * size + NS_PER_SET_BIT * active
+    return active > 0 and size // 8 <= LARGEST_BITMAP_BYTES and build < NS_PER_LOOKUP * questions
+
+
+def scan_pays(n_out: int, n_in: int, samples: int) -> bool:
+    """Whether vectors of this length are searched in the order of their norms, which needs a sorted
+    copy of them: never more than half of what G would take."""
+    pairs = n_out * n_in
+    return pairs >= LEAST_SCANNED_PAIRS and 2 * samples * (n_out + n_in) <= pairs
+
+
+def scan_ns(n_out: int, n_in: int, depth: int, computed: float, found: int) -> float:
+    """Time of a norm-ordered scan of vectors of ``depth`` that computes this share of all pairs."""
+    per_pair = 2 * depth * NS_PER_FLOP + NS_PER_SCORE
+    return (
+        computed * n_out * n_in * per_pair
+        + found * NS_PER_CANDIDATE
+        + (n_out + n_in) * (NS_PER_SORTED + depth)
+    )
+
+
+def lowrank_pays(n_out: int, n_in: int, samples: int, rank: int, candidates: int) -> bool:
+    """Whether a screen in ``rank`` dimensions may cost less than the products themselves."""
+    few = candidates <= LARGEST_RESCORED_SHARE * n_out * n_in
+    return scan_pays(n_out, n_in, samples) and few and samples >= 2 * rank
+
+
+def lowrank_ns(
+    n_out: int, n_in: int, samples: int, rank: int, checked: int, rescored: int
+) -> float:
+    """Time of a low-rank search beside its scan. checked: entries that are computed as a sample;
+    rescored: candidates."""
+    decomposed = 2 * samples * (samples + rank) * (n_out + n_in) * NS_PER_FLOP
+    sampled = checked * (2 * (samples + 2 * rank) * NS_PER_FLOP + 10 * NS_PER_SCORE)
+    exact = rescored * (NS_PER_RESCORED + samples * NS_PER_RESCORED_FLOP)
+    return NS_OF_DECOMPOSITION + decomposed + sampled + exact
+
+
+def gram_pays(n_out: int, n_in: int, samples: int, block: tuple[int, int]) -> bool:
+    """Whether the norms of blocks are cheaper by Gram matrices than by their products."""
+    if n_out * n_in < LEAST_SCANNED_PAIRS:
+        return False
+    return gram_ns(n_out, n_in, samples, block) < tiles_ns(n_out, n_in, samples)
+
+
+def tiles_ns(n_out: int, n_in: int, samples: int) -> float:
+    """Time of all entries and their comparison, or their sums over blocks."""
+    return n_out * n_in * (2 * samples * NS_PER_FLOP + 2 * NS_PER_SCORE)
+
+
+def gram_ns(n_out: int, n_in: int, depth: int, block: tuple[int, int]) -> float:
+    """Time of all blocks by the Gram matrices of vectors of ``depth``."""
+    blocks = (n_out / block[0]) * (n_in / block[1])
+    flops = 2 * depth * depth * (n_out + n_in) + depth * depth * blocks
+    return GRAM_OVERHEAD * flops * NS_PER_FLOP + blocks * NS_PER_SCORE
