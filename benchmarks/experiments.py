@@ -81,6 +81,88 @@ def _thesis() -> dict[str, tuple[str, ...]]:
     }
 
 
+def _thesis_indexes() -> dict[str, tuple[str, ...]]:
+    """Rows of tables 3.1 to 3.5 that search by an index of faiss, and what 3.5 compares with."""
+    step, epoch = "--preset=similarity-step", "--preset=similarity-epoch"
+    faiss = ("--growth=faiss", "--growth.index=flat")
+    rows = {
+        f"{table}-faiss{k}-{share}": (
+            preset,
+            *faiss,
+            f"--growth.k-similar={k}",
+            f"--update-fraction={share}",
+            metric,
+        )
+        for table, preset, metric, neighbours in (
+            ("step-abs-ip", step, "--growth.metric=abs-ip", (0.15, 0.125)),
+            ("step-l2", step, "--growth.metric=l2", (0.15, 0.2)),
+            ("epoch-abs-ip", epoch, "--growth.metric=abs-ip", (0.15, 0.125)),
+        )
+        for k in neighbours
+        for share in (0.01, 0.05, 0.1)
+    }
+    hashed = ("--growth=faiss", "--growth.index=lsh", "--growth.k-similar=0.15")
+    hashes = {
+        f"lsh-{density}-{share}-{bits}": (
+            step,
+            *hashed,
+            f"--growth.bits={bits}",
+            f"--density={density}",
+            f"--update-fraction={share}",
+        )
+        for density, share, several in (
+            (0.2, 0.05, (0.5, 1, 1.5, 2, 4, 8)),
+            (0.1, 0.01, (0.5, 1, 1.5, 2)),
+            (0.1, 0.025, (0.5, 1, 1.5, 2)),
+        )
+        for bits in several
+    }
+    return {
+        "static-0.1": (step, "--method=static", "--density=0.1"),
+        **rows,
+        **hashes,
+    }
+
+
+# Every way to search, by the name in a variant, and what it is called on the page.
+STRATEGIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "exact": ("exact", ("--growth=exact",)),
+    "dense": ("dense", ("--growth=dense",)),
+    "auto": ("auto", ("--growth=auto",)),
+    "blocks": ("blocks (of 1)", ("--growth=blocks",)),
+    "lowrank": ("lowrank", ("--growth=lowrank",)),
+    "pool": ("pool (linear layers: exact)", ("--growth=pool",)),
+    "faiss-flat": ("faiss, flat, k .15", ("--growth=faiss",)),
+    "faiss-range": ("faiss, range", ("--growth=faiss", "--growth.index=range")),
+    "faiss-ivf": ("faiss, IVF, k .15", ("--growth=faiss", "--growth.index=ivf")),
+    "faiss-hnsw": ("faiss, HNSW, k .15", ("--growth=faiss", "--growth.index=hnsw")),
+    "faiss-lsh": ("faiss, LSH, 2 bits, k .15", ("--growth=faiss", "--growth.index=lsh")),
+    "nmslib-hnsw": ("nmslib, HNSW, k .15", ("--growth=nmslib",)),
+    "nmslib-brute": (
+        "nmslib, brute force, k .15",
+        ("--growth=nmslib", "--growth.index=brute-force"),
+    ),
+    "subblock": ("subblock, .35", ("--growth=subblock",)),
+    "gse-uniform": ("gse, uniform", ("--growth=gse", "--growth.sampling=uniform")),
+    "gse-norm": ("gse, norm", ("--growth=gse", "--growth.sampling=norm")),
+    "gse-sign": ("gse, sign", ("--growth=gse", "--growth.sampling=sign")),
+    "random": ("random", ("--growth=random",)),
+    "momentum": ("momentum (dense matrices)", ("--growth=momentum",)),
+    "averaged": ("averaged, rank 32, decay .9", ("--growth=averaged",)),
+    "averaged8": (
+        "averaged, rank 8, decay .9",
+        ("--growth=exact", "--update-average-rank=8"),
+    ),
+}
+
+
+def _strategies() -> dict[str, tuple[str, ...]]:
+    return {
+        "static": ("--method=static",),
+        **{name: ("--method=similarity", *flags) for name, (_, flags) in STRATEGIES.items()},
+    }
+
+
 # Both make about 1,100 steps of 64.
 _MNIST = ("--model=mlp-300-100", "--data=mnist-5k", "--epochs=20")
 _STROKES = ("--model=mlp-300-100", "--data=strokes", "--epochs=10", "--lr=0.05")
@@ -115,6 +197,20 @@ GROUPS = {
             ("--model=wrn-10-1", "--data=mnist-5k", "--epochs=8"),
             _thesis(),
             seeds=3,
+        ),
+        Group(
+            "thesis-indexes",
+            "The thesis' protocol with its indexes",
+            ("--model=wrn-10-1", "--data=mnist-5k", "--epochs=8"),
+            _thesis_indexes(),
+            seeds=1,
+        ),
+        Group(
+            "growth-mlp",
+            "Every growth strategy on one network: MLP 784-300-100-10 on mnist-5k, density 0.1",
+            (*_MNIST, "--density=0.1", "--update-interval=100", "--update-fraction=0.3"),
+            _strategies(),
+            seeds=5,
         ),
         Group(
             "alexnet-small-mnist-5k",

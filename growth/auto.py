@@ -65,14 +65,16 @@ class Auto:
         pairs = as_pairs(pairs)
         grid = check_query(pairs, count, active, block)
         chosen = (
-            _Choice(state, "chosen before") if state else self._choose(pairs, grid, count, active)
+            self._choose(pairs, grid, count, active)
+            if state is None
+            else _Choice(state, "chosen before")
         )
         found = self._strategy(chosen.name)(pairs, count, active, block=block, generator=generator)
         report = {"growth": chosen.name, "why": chosen.why, **found.report}
         return found._replace(report=report, state=chosen.name)
 
-    def _strategy(self, name: str) -> Strategy:
-        kind, _, rank = name.partition(":")
+    def _strategy(self, name: Any) -> Strategy:
+        kind, _, rank = str(name).partition(":")
         if kind == "lowrank" and rank.isdecimal() and int(rank):
             return LowRank(int(rank), self.recall)
         if name not in ("exact", "dense"):

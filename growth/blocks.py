@@ -19,8 +19,9 @@ from triton_kernels.costs import gram_pays
 _TABLE_FLOATS = 4 << 20
 # Floats of a workspace, which stays in the cache.
 _WORK_FLOATS = 1 << 19
-# Of a Gram score's square, relative to the norms of the two Gram matrices: rounding.
-_GRAM_ERROR = 2e-5
+# Of a Gram score's square, relative to the norms of the two Gram matrices: rounding, where no more
+# numbers than these are summed at once. Longer sums of equal numbers drift away.
+_GRAM_ERROR, _GRAM_SUMMED = 2e-5, 1 << 13
 
 
 def best_blocks(
@@ -83,8 +84,10 @@ class BlockScreen:
         return norms.view(self.grid.n_rows, -1).norm(dim=1).numpy()
 
     def scores(self, rows: NDArray[np.int64]) -> Floats:
-        own = self._rows[torch.from_numpy(rows)]
-        return self.grid.pool(own.flatten(0, 1) @ self.x).numpy()
+        step = max(1, _TABLE_FLOATS // (self.grid.block[0] * self.x.shape[1]))
+        parts = torch.from_numpy(rows).split(step)
+        pooled = (self.grid.pool(self._rows[part].flatten(0, 1) @ self.x) for part in parts)
+        return torch.cat(list(pooled)).numpy()
 
     def approximate_scores(self, x: Tensor, dz: Tensor, rows: NDArray[np.int64]) -> Floats:
         own = grams(self._row_blocks(dz)[torch.from_numpy(rows)])
@@ -111,8 +114,13 @@ class BlockScreen:
         step = max(1, _TABLE_FLOATS // max(length, self.n_cols))
         for start in range(0, len(rows), step):
             own = grams(rows[start : start + step])
-            squares = torch.addr(own @ of_cols.T, own.norm(dim=1), norms, alpha=error)
-            flat = squares.clamp_min_(0).numpy().ravel()
+            squares = torch.outer(own.norm(dim=1), error * norms)
+            for k in range(0, length, _GRAM_SUMMED):
+                part = slice(k, k + _GRAM_SUMMED)
+                squares.addmm_(own[:, part], of_cols[:, part].T)
+            # Gram matrices that leave the range tell nothing.
+            squares.clamp_min_(0).nan_to_num_(nan=np.inf, posinf=np.inf)
+            flat = squares.numpy().ravel()
             first = start * self.n_cols
             inside = slice(*active.searchsorted([first, first + flat.size]))
             flat[active[inside] - first] = -np.inf

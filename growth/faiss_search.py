@@ -158,7 +158,7 @@ class Faiss:
         index.add(base)
         del base
         taken = active.cpu().numpy()
-        found = Candidates(count, taken)
+        found = Candidates(count, taken, grid.size)
         norms = np.einsum("ij,ij->i", query, query)
         order = np.argsort(norms if self.metric == "l2" else -norms, kind="stable")
         signs = (1, -1) if self.metric == "abs-ip" else (1,)

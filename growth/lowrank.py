@@ -134,6 +134,8 @@ class LowRank:
             keys, cost = screen.best(right[:rank], left[:rank], wanted, taken)
             scores = screen.rescore(keys)
             flops += cost + screen.flops_of_scores(wanted)
+            if not np.isfinite(scores).all():
+                break  # which of the products that leave the range to choose, one search decides
             best = select_best(keys, scores, count)
             keys, scores = keys[best], scores[best]
             report = {"search": "low rank", "rank": rank, "promise": self.recall}

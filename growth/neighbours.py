@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from growth.active import ActiveKeys
 from growth.connections import Block, Connections, Grid
 from growth.errors import InputError
 from growth.exact import Exact
 from growth.pairs import Pairs
-from growth.select import kth_largest, select_largest
+from growth.running_top import RunningTop
 from growth.strategy import METRICS
 from growth.threads import one_thread
 
@@ -25,8 +26,8 @@ Keys = NDArray[np.int64]
 
 # Neighbours asked for at a time: 12 bytes each, and as much again while they are merged.
 BATCH_NEIGHBOURS = 1 << 18
-# Candidates held beyond twice the count, so that few of them are not partitioned over and over.
-SLACK = 1 << 16
+# Questions to the active keys, as a multiple of what is searched.
+QUESTIONS = 8
 
 
 class Index(Protocol):
@@ -109,56 +110,21 @@ def _from_gram(gram: Tensor) -> Tensor:
             ridge *= 10
 
 
-class Candidates:
-    """The best ``count`` of a stream of scored keys, none of them active; lowest keys win.
+class Candidates(RunningTop):
+    """The best ``count`` of the inactive ones among what is offered.
 
-    Memory: 2 count + ``SLACK`` entries of 12 bytes, and what is offered at a time. threshold: a
-    lower bound of the count-th best score; what lies below need not be offered. held: how many
-    there are, of which more than ``count`` are there only for the time being.
-
-    active: sorted int64 keys.
+    active: sorted int64 keys, in [0, size).
     """
 
-    def __init__(self, count: int, active: Keys) -> None:
-        self.count, self.threshold, self.held = count, -math.inf, 0
-        self._active = active
-        self._keys: list[Keys] = []
-        self._scores: list[Floats] = []
+    def __init__(self, count: int, active: Keys, size: int) -> None:
+        super().__init__(count)
+        self._active = ActiveKeys(active, size, QUESTIONS * count)
 
     def offer(self, keys: Keys, scores: Floats) -> None:
-        """keys: (n,), none twice and none offered before. scores: (n,); NaN and -inf, from products
-        that overflow, are never chosen."""
-        at = np.flatnonzero((scores >= self.threshold) & (scores > -np.inf))
-        at = at[~contains(self._active, keys[at])]
-        self._keys.append(keys[at])
-        self._scores.append(scores[at])
-        self.held += at.size
-        room = self.count if self.threshold == -math.inf else 2 * self.count + SLACK
-        if self.held >= room:
-            best, its_scores = self.result()
-            self._keys, self._scores, self.held = [best], [its_scores], best.size
-            self.threshold = float(its_scores.min(initial=np.inf))
-
-    def result(self) -> tuple[Keys, Floats]:
-        """Sorted keys and their scores: ``count`` of them, or all where fewer were offered."""
-        keys = np.concatenate([np.empty(0, np.int64), *self._keys])
-        scores = np.concatenate([np.empty(0, np.float32), *self._scores])
-        if 0 < self.count < keys.size:
-            floor = kth_largest(torch.from_numpy(scores), self.count).numpy()
-            keys, scores = keys[scores >= floor], scores[scores >= floor]
-        order = keys.argsort(kind="stable")
-        keys, scores = keys[order], scores[order]
-        best = select_largest(torch.from_numpy(scores), self.count).numpy()
-        return keys[best], scores[best]
-
-
-def contains(sorted_keys: Keys, keys: Keys) -> NDArray[np.bool_]:
-    """Which of ``keys`` are among ``sorted_keys``."""
-    if sorted_keys.size == 0:
-        return np.zeros(keys.size, bool)
-    at = np.searchsorted(sorted_keys, keys)
-    at[at == sorted_keys.size] = 0
-    return sorted_keys[at] == keys
+        reach = np.flatnonzero(scores >= self.threshold)
+        keys, scores = keys[reach], scores[reach]
+        free = self._active.absent(keys)
+        super().offer(*((keys, scores) if free is None else (keys[free], scores[free])))
 
 
 def grow_from_neighbours(
@@ -183,7 +149,7 @@ def grow_from_neighbours(
     k = min(grid.n_cols, math.ceil(grid.n_cols * k_similar))
     repeated = 0
     while True:
-        found = Candidates(count, taken)
+        found = Candidates(count, taken, grid.size)
         _ask_all(found, index, query, k, grid.n_cols, both_signs=metric == "abs-ip")
         if found.held >= count or k == grid.n_cols:
             break
@@ -223,7 +189,7 @@ def completed(
 ) -> Connections:
     """What was found; where an index gives too few even when asked for all, the missing ones are
     the best of the others, by the exact search."""
-    keys, scores = found.result()
+    keys, scores = found.so_far()
     missing = count - keys.size
     if missing:
         # Both are sorted, and disjoint.

@@ -16,6 +16,8 @@ Keys = NDArray[np.int64]
 # is 0.8 % wide.
 _SHIFT = 16
 BINS = 1 << (32 - _SHIFT)
+# Entries held beyond twice the count, so that few of them are not partitioned over and over.
+SLACK = 64 << 10
 
 
 class RunningTop:
@@ -30,10 +32,10 @@ class RunningTop:
     Scores hold no NaN; -inf is never chosen.
     """
 
-    def __init__(self, count: int, dtype: Any = np.float32, slack: int = 64 << 10) -> None:
+    def __init__(self, count: int, dtype: Any = np.float32, slack: int | None = None) -> None:
         self.count = count
         self.threshold: float = -np.inf if count else np.inf
-        self._room = 2 * count + slack if count else 0
+        self._room = 2 * count + (SLACK if slack is None else slack) if count else 0
         self._keys = np.empty(self._room, np.int64)
         self._scores = np.empty(self._room, dtype)
         self._held = 0
@@ -94,15 +96,25 @@ class RunningTop:
         self._scores[: at.size] = self._scores[at]
         self._held = at.size
 
+    @property
+    def held(self) -> int:
+        """How many there are, of which more than ``count`` are there only for the time being."""
+        return self._held
+
     def result(self) -> tuple[Keys, Floats]:
         """Keys, ascending, and their scores. Raises InputError when fewer than ``count`` scores
         were better than -inf: the vectors were too large for their products."""
-        keys, scores = self._keys[: self._held], self._scores[: self._held]
-        if self._held < self.count:
+        keys, scores = self.so_far()
+        if keys.size < self.count:
             raise InputError(
-                f"only {self._held} of {self.count} connections have a finite score: the recorded "
+                f"only {keys.size} of {self.count} connections have a finite score: the recorded "
                 "vectors are too large, lower the learning rate or the loss scale"
             )
+        return keys, scores
+
+    def so_far(self) -> tuple[Keys, Floats]:
+        """The same, of as many as there are up to ``count``."""
+        keys, scores = self._keys[: self._held], self._scores[: self._held]
         best = select_best(keys, scores, self.count)
         best = best[np.argsort(keys[best])]
         return keys[best], scores[best]

@@ -36,8 +36,10 @@ _LARGEST_WAVE = 16
 
 
 # Of a product in bfloat16, relative to the norms: both factors and the result are rounded to eight
-# bits.
-_HALF_ERROR = 2.0**-7
+# bits, each by up to 2^-8 of itself.
+_HALF_ERROR = 3.1 * 2.0**-8
+# Where that is small, for what bfloat16 cannot hold at all: its smallest normal number.
+_HALF_SMALLEST = 2.0**-126
 # What a single product costs, as a multiple of one in a tile.
 _SINGLE_COST = 32
 
@@ -213,7 +215,7 @@ class _Scan:
         passed = None
         if self.halves is not None and threshold > -np.inf:
             halves = self.halves[0][i][rows], self.halves[1][j][cols]
-            passed = self._passing(*halves, row_norms * col_norms[0], threshold)
+            passed = self._passing(*halves, row_norms, col_norms[0], threshold)
         if passed is None:
             row, col, found = self._reaching(dz, x, threshold)
         else:
@@ -241,16 +243,19 @@ class _Scan:
         return row, at - row * len(x), scores.ravel()[at]
 
     def _passing(
-        self, dz: Tensor, x: Tensor, bounds: Floats, threshold: float
+        self, dz: Tensor, x: Tensor, row_norms: Floats, col_norm: float, threshold: float
     ) -> NDArray[np.int64] | None:
         """Positions in a tile whose products in bfloat16 may reach the threshold in float32; None
-        where they are so many that the whole tile is the cheaper. bounds: on the products of each
-        row."""
+        where they are so many that the whole tile is the cheaper. row_norms: of dz; col_norm: the
+        largest of x."""
         scores = torch.mm(dz, x.T).float()
         if isinstance(self.metric, _Products) and self.metric.absolute:
             scores.abs_()
-        least = torch.from_numpy(threshold - _HALF_ERROR * bounds).float()
-        at = np.flatnonzero((scores >= least[:, None]).numpy())
+        error = (_HALF_ERROR + self.slack) * row_norms * col_norm
+        error += _HALF_SMALLEST * self.depth * (row_norms + col_norm + 1)
+        least = torch.from_numpy(threshold - error).float()
+        # What leaves the range of bfloat16 may be no number there.
+        at = np.flatnonzero((scores < least[:, None]).logical_not_().numpy())
         return at if at.size * _SINGLE_COST < scores.numel() else None
 
     def _reach(self, norms: Floats, partners: Floats, threshold: float) -> slice:

@@ -28,6 +28,7 @@ from growth import (
     faiss_search,
     neighbours,
     nmslib_search,
+    running_top,
 )
 
 NONE = torch.empty(0, dtype=torch.int64)
@@ -355,7 +356,7 @@ def test_all_neighbours_equal_brute_force(
     count = int(asked * (n_in * n_out - active.numel()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbours, "BATCH_NEIGHBOURS", room)
-        patch.setattr(neighbours, "SLACK", 0 if room < 100 else neighbours.SLACK)
+        patch.setattr(running_top, "SLACK", 0 if room < 100 else running_top.SLACK)
         patch.setattr(faiss_search, "RANGE_PAIRS", room)
         found = strategy((x, dz), count, active)
     scores = _all_scores(x, dz, metric)
@@ -409,7 +410,7 @@ def test_the_radius_keeps_most_pairs_from_being_answered(monkeypatch: pytest.Mon
         "offer",
         lambda self, keys, scores: (offered.append(keys.size), offer(self, keys, scores))[1],
     )
-    monkeypatch.setattr(neighbours, "SLACK", 0)
+    monkeypatch.setattr(running_top, "SLACK", 0)
     x, dz = _normal(8, 1000, seed=1), _normal(8, 1000, seed=2) * _normal(1000, seed=3).exp()
     Faiss(index="range")((x, dz), 1000, NONE)
     assert sum(offered) < 100_000
@@ -481,7 +482,7 @@ def test_batches_of_queries_make_no_difference(
     active = _share_active(7200, 0.1, seed=3)
     whole = strategy((x, dz), 400, active)
     monkeypatch.setattr(neighbours, "BATCH_NEIGHBOURS", 100)
-    monkeypatch.setattr(neighbours, "SLACK", 0)
+    monkeypatch.setattr(running_top, "SLACK", 0)
     monkeypatch.setattr(faiss_search, "RANGE_PAIRS", 500)
     parts = strategy((x, dz), 400, active)
     assert _keys(parts, 90) == _keys(whole, 90) and torch.equal(parts.score, whole.score)
@@ -505,7 +506,7 @@ def test_answers_are_no_larger_than_a_batch(monkeypatch: pytest.MonkeyPatch) -> 
         lambda self, keys, scores: (offer(self, keys, scores), held.append(self.held))[0],
     )
     monkeypatch.setattr(neighbours, "BATCH_NEIGHBOURS", 1000)
-    monkeypatch.setattr(neighbours, "SLACK", 50)
+    monkeypatch.setattr(running_top, "SLACK", 50)
     pairs = LinearPairs(torch.ones(1, 100), torch.ones(1, 400))
     query = np.ones((400, 1), np.float32)
     found = neighbours.grow_from_neighbours(
@@ -820,3 +821,19 @@ def test_other_words_than_the_notice_are_passed_on(capfd: pytest.CaptureFixture[
         raise ImportError
     os.write(2, b"after\n")
     assert capfd.readouterr().err == "libgomp: a real problem\nafter\n"
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_long_vectors_are_rotated_into_fewer_dimensions(scale: float) -> None:
+    """Products with short gradients, and distances, stay; a zero vector stays zero."""
+    x, dz = _normal(400, 30, seed=1), scale * _normal(400, 20, seed=2)
+    x[:, 3], dz[:, 4], dz[:, 5] = 0, 0, scale * x[:, 7]  # dependent ones as well
+    base, query = neighbours.whole_vectors(LinearPairs(x, dz))
+    assert base.shape == (30, 50) and query.shape == (20, 50)
+    products = (dz.double().T @ x.double()).numpy()
+    np.testing.assert_allclose(query @ base.T, products, atol=2e-5 * np.abs(products).max())
+    norms = np.linalg.norm(x.numpy(), axis=0)
+    np.testing.assert_allclose(np.linalg.norm(base, axis=1), norms, rtol=1e-5)
+    assert not base[3].any() and not query[4].any()
+    short = neighbours.whole_vectors(LinearPairs(x[:40], dz[:40]))
+    assert np.array_equal(short[0], x[:40].T.numpy())

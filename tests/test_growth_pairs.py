@@ -452,3 +452,13 @@ def test_memory_of_the_largest_layer_of_wrn_28_5(
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < limit * 1e6, f"{int(done.stdout) / 1e6:.0f} MB"
+
+
+@pytest.mark.parametrize("floats", [600, 10**9])
+def test_gram_of_a_convolution(monkeypatch: pytest.MonkeyPatch, floats: int) -> None:
+    """In pieces of one row of positions, of some examples, or whole."""
+    monkeypatch.setattr(growth.conv_pairs, "_CACHED_FLOATS", floats)
+    pairs = _conv((2, 3), (2, 1), (1, 2), (1, 2), batch=5, scale=0.5)
+    both = torch.cat(pairs.vectors(), dim=1).double()
+    torch.testing.assert_close(pairs.gram(), both.T @ both, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pairs.gram(), Pairs.gram(pairs), rtol=1e-5, atol=1e-5)
