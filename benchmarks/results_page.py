@@ -34,8 +34,10 @@ def write() -> None:
     for name, group in experiments.GROUPS.items():
         if name not in own:
             parts.append(_compared(group, read[name]))
-    parts.append(_strategies(experiments.GROUPS["growth-mlp"], read["growth-mlp"]))
-    parts.append(results_thesis.section(read["thesis"], read["thesis-indexes"]))
+    if "growth-mlp" in read:
+        parts.append(_strategies(experiments.GROUPS["growth-mlp"], read["growth-mlp"]))
+    if "thesis" in read:
+        parts.append(results_thesis.section(read["thesis"], read.get("thesis-indexes", {})))
     PAGE.write_text("\n\n".join(parts) + "\n")
     print(PAGE)
 

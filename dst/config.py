@@ -20,6 +20,7 @@ from dst.data import AUGMENTATIONS, DATASETS
 from dst.data.drawn import HARDEST
 from dst.distributions import DISTRIBUTIONS
 from dst.drop import CRITERIA
+from dst.growing import check_blocks, fields_of, growth_strategy, strategy_name
 from dst.methods import METHODS
 from dst.methods.base import GROWN_INITS
 from dst.models import check_name, describe
@@ -28,6 +29,11 @@ from dst.ramp import RAMPS
 from dst.redistribute import REDISTRIBUTIONS
 from dst.schedules import DECAYS, LR_SCHEDULES
 from growth import METRICS, STRATEGIES, InputError
+from growth.block_search import WAYS
+from growth.faiss_search import KINDS as FAISS_KINDS
+from growth.gse import SAMPLINGS
+from growth.nmslib_search import KINDS as NMSLIB_KINDS
+from growth.scan import SCREENS
 from triton_kernels import COMPUTE
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -48,6 +54,16 @@ def _own(field_name: str) -> str:
     """``set 1ep, rigl 100, ...``: what the methods choose where the user does not."""
     entries = {name: entry.defaults for name, entry in METHODS.items() if entry.defaults}
     return ", ".join(f"{name} {getattr(own, field_name)}" for name, own in entries.items())
+
+
+def _growth_option(help: str, field_name: str, metavar: str) -> Any:
+    """Its default is the strategies', which may differ."""
+    names: dict[Any, list[str]] = {}
+    for name in STRATEGIES:
+        if field_name in (own := fields_of(name)):
+            names.setdefault(own[field_name], []).append(name)
+    parts = (f"{value} in {_names(of)}" for value, of in names.items())
+    return arg(help=help, help_behavior_hint=f"(default: {'; '.join(parts)})", metavar=metavar)
 
 
 _PRESETS = "; ".join(f"{name} ({preset.summary})" for name, preset in PRESETS.items())
@@ -79,18 +95,101 @@ class GrowthConfig:
     """How new connections are found."""
 
     strategy: Annotated[
-        str,
+        str | None,
         arg(
             name="growth",
             prefix_name=False,
-            help=f"Growth strategy: {_names(STRATEGIES)}; auto: the method's own.",
+            help=f"Growth strategy: {_names(STRATEGIES)}.",
+            help_behavior_hint="(default: the method's own)",
+            metavar="STR",
         ),
-    ] = "auto"
-    metric: Annotated[str, arg(help=f"Similarity of vectors: {_names(METRICS)}.")] = "abs-ip"
-    k_similar: float = 0.15
-    """Share of the activation vectors that each query of an index returns."""
-    momentum: float = 0.9
-    """Decay of the gradients' sum that growth momentum searches."""
+    ] = None
+    audit: Annotated[
+        int,
+        arg(
+            name="growth-audit",
+            prefix_name=False,
+            help="Compare the search with the exact one at every so many updates; 0: never. Not "
+            "for random growth, which searches nothing.",
+        ),
+    ] = 0
+    metric: Annotated[
+        str | None,
+        _growth_option(f"Similarity of vectors: {_names(METRICS)}.", "metric", "STR"),
+    ] = None
+    screen: Annotated[
+        str | None,
+        _growth_option(
+            f"Precision in which products are looked at first: {_names(SCREENS)}.", "screen", "STR"
+        ),
+    ] = None
+    way: Annotated[
+        str | None,
+        _growth_option(f"How blocks are scored: {_names(WAYS)}.", "way", "STR"),
+    ] = None
+    tile_floats: Annotated[
+        int | None, _growth_option("Entries of the gradient held at a time.", "tile_floats", "INT")
+    ] = None
+    rank: Annotated[
+        int | None, _growth_option("Rank that the gradient is reduced to.", "rank", "INT")
+    ] = None
+    recall: Annotated[
+        float | None,
+        _growth_option("Share of the best connections to find at least.", "recall", "FLOAT"),
+    ] = None
+    candidates: Annotated[
+        float | None,
+        _growth_option("Connections rescored for each that is grown.", "candidates", "FLOAT"),
+    ] = None
+    k_similar: Annotated[
+        float | None,
+        _growth_option(
+            "Share of the activation vectors that each query of an index returns.",
+            "k_similar",
+            "FLOAT",
+        ),
+    ] = None
+    index: Annotated[
+        str | None,
+        _growth_option(
+            f"Index of faiss: {_names(FAISS_KINDS)}; of nmslib: {_names(NMSLIB_KINDS)}.",
+            "index",
+            "STR",
+        ),
+    ] = None
+    bits: Annotated[
+        float | None,
+        _growth_option("Length of an LSH code, times the vectors' length.", "bits", "FLOAT"),
+    ] = None
+    nprobe: Annotated[
+        float | None, _growth_option("Share of the lists of ivf visited.", "nprobe", "FLOAT")
+    ] = None
+    links: Annotated[
+        int | None, _growth_option("Links of a vector in a graph of hnsw.", "links", "INT")
+    ] = None
+    ef_construction: Annotated[
+        int | None,
+        _growth_option("Candidates kept when a graph is built.", "ef_construction", "INT"),
+    ] = None
+    ef_search: Annotated[
+        int | None, _growth_option("Candidates kept when a graph is searched.", "ef_search", "INT")
+    ] = None
+    sampling: Annotated[
+        str | None,
+        _growth_option(f"How likely a neuron is drawn: {_names(SAMPLINGS)}.", "sampling", "STR"),
+    ] = None
+    subset: Annotated[
+        float | None,
+        _growth_option("Connections drawn for each that is alive.", "subset", "FLOAT"),
+    ] = None
+    share: Annotated[
+        float | None,
+        _growth_option("Share of the inputs and outputs searched.", "share", "FLOAT"),
+    ] = None
+    momentum: Annotated[
+        float | None,
+        _growth_option("Decay of the gradients' sum that is searched.", "decay", "FLOAT"),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +212,12 @@ class UpdateConfig:
     """T_end: share of the run after which the topology stays, in (0, 1]."""
     update_average: int = 1
     """Steps whose vectors are searched together by one update."""
+    update_average_rank: Annotated[int | None, _open("no average", "INT")] = None
+    """Search a decayed average over all steps, kept in this rank."""
+    update_average_decay: Annotated[
+        float | None, _open("0.9 with --update-average-rank, else 1", "FLOAT")
+    ] = None
+    """What a step's gradient is multiplied with at every later step of an average."""
     update_skips_step: Annotated[bool | None, _open("True in rigl", "{True,False}")] = None
     """Whether an update takes the place of the optimizer's step (RigL's algorithm 1)."""
     drop: Annotated[
@@ -266,36 +371,37 @@ def check(config: Config) -> None:
         _number("density-start", sparsity.density_start, above=0, most=1)
     if sparsity.density_ramp_end is not None:
         _number("density-ramp-end", sparsity.density_ramp_end, above=0, most=1)
-    choose("growth", growth.strategy, ("auto", *STRATEGIES))
-    choose("growth.metric", growth.metric, METRICS)
-    _number("growth.k-similar", growth.k_similar, above=0, most=1)
-    _number("growth.momentum", growth.momentum, least=0, below=1)
-    if growth.strategy not in ("auto", *entry.growths):
+    if growth.strategy is not None:
+        choose("growth", growth.strategy, STRATEGIES)
+    if growth.metric is not None:
+        choose("growth.metric", growth.metric, METRICS)
+    _number("growth-audit", growth.audit, least=0)
+    if growth.strategy not in (None, *entry.growths):
         able = ", ".join(entry.growths) or "nothing"
         raise InputError(
             f"method {config.method} grows by {able}, not by {growth.strategy}: leave --growth "
             "away or use --method similarity"
         )
-    searches = entry.growths[:1] if growth.strategy == "auto" else (growth.strategy,)
-    if update.redistribute == "momentum" and entry.growths and searches != ("momentum",):
+    name = strategy_name(config)
+    if update.redistribute == "momentum" and name not in (None, "momentum"):
         raise InputError(
             "redistribute momentum needs the momentum that growth momentum keeps: use "
             "--method snfs or --method similarity --growth momentum"
         )
-    if entry.growths and block != (1, 1):
-        if growth.strategy == "faiss":
-            raise InputError(
-                f"growth faiss searches single neurons, not blocks of {block}: use exact"
-            )
-        if growth.metric != "abs-ip":
-            raise InputError(f"metric {growth.metric} compares single neurons: use --block 1")
-    if growth.metric != "abs-ip" and config.method != "similarity" and entry.sparse:
+    metric = growth.metric or "abs-ip"
+    if metric != "abs-ip" and config.method != "similarity" and entry.sparse:
         raise InputError(f"method {config.method} has no metric: use --method similarity")
-    if growth.metric != "abs-ip" and any(
-        "metric" not in {field.name for field in dataclasses.fields(STRATEGIES[name])}
-        for name in searches
-    ):
-        raise InputError(f"growth {searches[0]} has no metric: leave --growth.metric away")
+    if update.update_average_rank is not None:
+        _number("update-average-rank", update.update_average_rank, least=1)
+    if update.update_average_decay is not None:
+        _number("update-average-decay", update.update_average_decay, least=0, most=1)
+    strategy = growth_strategy(config)
+    if strategy is not None:
+        check_blocks(strategy, block)
+        if growth.audit and not strategy.needs_pairs:
+            raise InputError(
+                f"growth {name} searches nothing that could be compared: leave --growth-audit away"
+            )
     if update.update_fraction is not None:
         _number("update-fraction", update.update_fraction, above=0, most=1)
     if update.update_end is not None:
@@ -426,7 +532,18 @@ def from_json(path: str | Path) -> Config:
         raise InputError(f"cannot read the config {path}: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"the config {path} is not JSON: {error}") from None
+    if isinstance(loaded, dict) and isinstance(growth := loaded.get("growth"), dict):
+        loaded["growth"] = _opened(growth)
     return typing.cast(Config, _build(Config, loaded, str(path), ""))
+
+
+def _opened(growth: dict[str, Any]) -> dict[str, Any]:
+    """Before growth's options could be left open, a config held the default of each, whether the
+    strategy had it or not."""
+    closed = {"strategy": "auto", "metric": "abs-ip", "k_similar": 0.15, "momentum": 0.9}
+    if set(growth) != set(closed):
+        return growth
+    return {name: value for name, value in growth.items() if value != closed[name]}
 
 
 def _build(kind: Any, loaded: Any, path: str, prefix: str) -> Any:

@@ -53,10 +53,31 @@ class ReducedPairs(Pairs):
     def is_finite(self) -> bool:
         return everywhere(self.own.is_finite(), self.device)
 
+    @property
+    def has_vectors(self) -> bool:
+        return self.own.has_vectors
+
     def products(self, start: int, stop: int) -> Tensor:
-        tile = self.own.products(start, stop).contiguous()
-        dist.all_reduce(tile)
-        return tile.div_(world_size())
+        return self._mean(self.own.products(start, stop))
+
+    def products_at(self, row: Tensor, col: Tensor) -> Tensor:
+        return self._mean(self.own.products_at(row, col))
+
+    def times(self, matrix: Tensor) -> Tensor:
+        return self._mean(self.own.times(matrix))
+
+    def transposed_times(self, matrix: Tensor) -> Tensor:
+        return self._mean(self.own.transposed_times(matrix))
+
+    def pooled(self) -> Pairs:
+        pooled = self.own.pooled()
+        return self if pooled is self.own else ReducedPairs(pooled)
+
+    def _mean(self, own: Tensor) -> Tensor:
+        """Over the workers, of what is linear in dz."""
+        total = own.contiguous()
+        dist.all_reduce(total)
+        return total.div_(world_size())
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The chunks of every worker in turn, broadcast by it."""
@@ -112,6 +133,9 @@ def check_agreement(changes: Mapping[str, Change], device: torch.device) -> None
         crc = zlib.crc32(name.encode(), crc)
         for keys in (change.dropped, change.grown):
             crc = zlib.crc32(keys.cpu().numpy().tobytes(), crc)
+        # Workers that searched in different ways would wait for each other at the next update.
+        for part, search in change.searches.items():
+            crc = zlib.crc32(f"{part} {search.choice}".encode(), crc)
     own = torch.tensor([crc], dtype=torch.int64, device=device)
     everyone = [torch.empty_like(own) for _ in range(world_size())]
     dist.all_gather(everyone, own)

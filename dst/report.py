@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,9 @@ from rich.console import Console
 
 from dst import tracking
 from dst.config import Config, from_json
+from dst.growing import strategy_name
 from dst.progress import print_rows
+from dst.topology import Search
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,6 +67,23 @@ def announce(console: Console, summary: Summary, report: Path) -> None:
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 
+def announce_choices(console: Console, searches: Mapping[str, Search]) -> None:
+    """What growth decided for which number of layers, and the reason that it gives for the first of
+    them; nothing where it decides nothing."""
+    chosen: dict[str, list[Search]] = {}
+    for search in searches.values():
+        if search.choice is not None:
+            chosen.setdefault(search.choice, []).append(search)
+    for choice, own in chosen.items():
+        why = own[0].report.get("why")
+        layers = f"{len(own)} layer{'s' * (len(own) > 1)}"
+        console.print(
+            f"growth: {choice} for {layers}{f' ({why})' if why else ''}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
 def write(folder: Path) -> Path:
     """Make ``report.md`` and its plots from ``config.json`` and ``metrics.jsonl``; its path.
 
@@ -74,6 +93,7 @@ def write(folder: Path) -> Path:
     lines = tracking.read(folder)
     epochs = [line for line in lines if line["kind"] == "epoch"]
     updates = [line for line in lines if line["kind"] == "update"]
+    audits = [line for line in lines if line["kind"] == "audit"]
     finals = [line for line in lines if line["kind"] == "final"]
     if not finals:
         raise ValueError(f"the run in {folder} is not finished")
@@ -92,13 +112,17 @@ def write(folder: Path) -> Path:
         plots["connections changed per update"] = _plot(
             folder, "changed.png", 1, lambda a: _changed(a, updates)
         )
+    if audits:
+        plots["growth audit"] = _plot(folder, "audit.png", 1, lambda a: _audit(a, audits))
     plots["where the time went"] = _plot(folder, "time.png", 1, lambda a: _time(a, epochs))
     report = folder / "report.md"
-    report.write_text(_markdown(config, summary, updates, plots))
+    report.write_text(_markdown(config, summary, updates, audits, plots))
     return report
 
 
-def _markdown(config: Config, summary: Summary, updates: Lines, plots: dict[str, str]) -> str:
+def _markdown(
+    config: Config, summary: Summary, updates: Lines, audits: Lines, plots: dict[str, str]
+) -> str:
     parts = [
         f"# {config.run.name}\n",
         f"{config.method} · {config.model} · {config.data.data} · density {summary.density:.4f} · "
@@ -113,11 +137,64 @@ def _markdown(config: Config, summary: Summary, updates: Lines, plots: dict[str,
         parts.append(
             f"| topology updates | {len(updates)}, {1000 * seconds / len(updates):.1f} ms each |"
         )
+        parts.append(f"| growth | {_searches(strategy_name(config) or '', updates)} |")
+    if audits:
+        parts.append(f"| growth audit | {_audited(audits)} |")
     for title, file in plots.items():
         parts.append(f"\n## {title.capitalize()}\n\n![{title}]({file})")
     parts.append("\nAll settings: [config.json](config.json); all figures: "
                  "[metrics.jsonl](metrics.jsonl).")  # fmt: skip
     return "\n".join(parts) + "\n"
+
+
+def _searches(strategy: str, updates: Lines) -> str:
+    """Which search served which layers at last, and the least recall that any of the run estimated
+    of itself."""
+    last: dict[str, dict[str, Any]] = {}
+    for line in updates:
+        # Where nothing is grown any more, nothing is searched.
+        last |= {name: report for name, report in line["search"].items() if report}
+    served: dict[str, list[str]] = {}
+    for name, report in last.items():
+        served.setdefault(report.get("search", strategy), []).append(name)
+    words = [f"{how} for {_some(names)}" for how, names in served.items()]
+    recalls = [
+        report["recall"]
+        for line in updates
+        for report in line["search"].values()
+        if report.get("recall") is not None
+    ]
+    if recalls:
+        words.append(f"smallest estimated recall {min(recalls):.3f}")
+    return "; ".join(words) or strategy
+
+
+def _some(names: Sequence[str]) -> str:
+    if len(names) > 3:
+        return f"{len(names)} layers ({', '.join(names[:2])}, ...)"
+    return ", ".join(names)
+
+
+def _audited(audits: Lines) -> str:
+    """The audits of a run in half a line."""
+    of_layers = [item for line in audits for item in line["quality"].items()]
+    least, worst = min((quality["recall"], name) for name, quality in of_layers)
+    recall = sum(quality["recall"] for _, quality in of_layers) / len(of_layers)
+    masses = [quality["mass"] for _, quality in of_layers if quality["mass"] is not None]
+    times = [own for line in audits for own in line["time"].values()]
+    seconds, reference = (
+        sum(own[key] for own in times) for key in ("seconds", "reference_seconds")
+    )
+    words = [
+        f"{len(audits)} update{'s' * (len(audits) > 1)} against the exact search: "
+        f"mean recall {recall:.3f} (least {least:.3f}, {worst}), "
+        f"mass {sum(masses) / max(1, len(masses)):.3f}, "
+        f"{seconds / max(1e-9, reference):.2f} x its time"
+    ]
+    memory = [own["memory"] for own in times if own["memory"] is not None]
+    if memory:
+        words.append(f"at most {max(memory) / 1e6:.1f} MB more memory")
+    return ", ".join(words)
 
 
 def _plot(folder: Path, name: str, panels: int, draw: Callable[[list[Axes]], None]) -> str:
@@ -183,6 +260,22 @@ def _changed(axes: list[Axes], updates: Lines) -> None:
     axis.set_xlabel("step")
     axis.set_ylabel("connections newly grown")
     axis.grid(alpha=0.3, axis="y")
+
+
+def _audit(axes: list[Axes], audits: Lines) -> None:
+    axis = axes[0]
+    names = list(audits[-1]["quality"])
+    for name in names:
+        at = [line["step"] for line in audits if name in line["quality"]]
+        recall = [line["quality"][name]["recall"] for line in audits if name in line["quality"]]
+        axis.plot(at, recall, marker=".", label=name)
+    axis.set_xlabel("step")
+    axis.set_ylabel("recall of each layer")
+    axis.set_ylim(-0.02, 1.02)
+    axis.grid(alpha=0.3)
+    # A legend of many layers would cover the plot.
+    if len(names) <= 12:
+        axis.legend(fontsize=7)
 
 
 def _time(axes: list[Axes], epochs: Lines) -> None:

@@ -19,6 +19,8 @@ class UpdateSchedule:
     zeta of SET, K of the similarity thesis). decay: how it falls until ``end``: ``cosine``
     alpha / 2 (1 + cos(pi t / end)), ``linear`` alpha (1 - t / end), ``constant``.
     average: number of steps, the update's included, whose vectors are searched together.
+    average_decay: in [0, 1], what the gradient of one of them is multiplied with for every later
+    one; 1: a plain sum.
     """
 
     interval: int
@@ -26,6 +28,7 @@ class UpdateSchedule:
     fraction: float
     decay: str = "cosine"
     average: int = 1
+    average_decay: float = 1.0
 
     def __post_init__(self) -> None:
         if self.interval < 1:
@@ -39,6 +42,8 @@ class UpdateSchedule:
                 f"cannot average over {self.average} steps between updates "
                 f"{self.interval} steps apart: choose 1 to {self.interval}"
             )
+        if not 0 <= self.average_decay <= 1:
+            raise InputError(f"average decay {self.average_decay} must lie in [0, 1]")
 
     def due(self, step: int) -> bool:
         return step % self.interval == 0 and 0 < step < self.end

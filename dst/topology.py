@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +13,27 @@ from growth import Grid, InputError
 from triton_kernels import Layout
 
 
+class Search(NamedTuple):
+    """How the new connections of one part of a layer were found.
+
+    report: what the strategy says of its search. choice: what it decided once and is to be told at
+    the next update; None where it decides nothing.
+    """
+
+    report: Mapping[str, str | float]
+    choice: str | None = None
+
+
 class Change(NamedTuple):
     """An edit of one layer's topology: sorted int64 keys row * n_cols + col, in blocks.
 
-    A key in both is reset in place. flops: what finding it cost.
+    A key in both is reset in place. flops: what finding it cost. searches: by the part's name.
     """
 
     dropped: Tensor
     grown: Tensor
     flops: int = 0
+    searches: Mapping[str, Search] = MappingProxyType({})
 
 
 class Topology(nn.Module):

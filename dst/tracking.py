@@ -17,8 +17,9 @@ METRICS = "metrics.jsonl"
 class Tracker:
     """Appends one JSON object a line to ``metrics.jsonl``; mirrors numbers to W&B.
 
-    Every line has a ``kind``: ``update`` (a topology update), ``epoch`` or ``final``; what depends
-    on the clock stands under ``time``, so that the rest of two equal runs is equal.
+    Every line has a ``kind``: ``update`` (a topology update), ``audit`` (of its searches),
+    ``epoch`` or ``final``; what depends on the clock, or is measured of memory, stands under
+    ``time``, so that the rest of two equal runs is equal.
     """
 
     def __init__(self, folder: Path, wandb_run: Any | None = None) -> None:

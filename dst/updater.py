@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,14 +18,15 @@ from dst.distributed import ReducedPairs, check_agreement, everywhere, world_siz
 from dst.layers import SparseLayer, sparse_layers
 from dst.methods.base import Method, Unchanging
 from dst.optimizer_state import reset_slots, resize
-from dst.topology import Change
-from growth import InputError, Pairs, Recorder
+from dst.topology import Change, Search
+from growth import InputError, JoinedPairs, Pairs, Quality, Recorder
 
 
 class Update(NamedTuple):
     """One topology update. grown: blocks newly grown in each layer. seconds: wall time of the
     search and of the edits. flops: of the search. resized: whether the values of some layer were
-    reallocated; DistributedDataParallel must then be put around the model anew."""
+    reallocated; DistributedDataParallel must then be put around the model anew. searches: how
+    growth searched, by the name of a layer or of one of its groups."""
 
     step: int
     grown: dict[str, int]
@@ -31,6 +34,16 @@ class Update(NamedTuple):
     apply_seconds: float
     flops: int
     resized: bool = False
+    searches: Mapping[str, Search] = MappingProxyType({})
+
+
+class Audit(NamedTuple):
+    """How good the searches of one update were, by the name of a layer or of one of its groups.
+    seconds: wall time of finding out."""
+
+    step: int
+    quality: dict[str, Quality]
+    seconds: float
 
 
 @dataclass
@@ -78,6 +91,10 @@ class TopologyUpdater:
     (With ``scaler.unscale_``, for clipping, ``scaler.update()`` stands outside of the guard.)
     A step whose gradients hold inf or NaN, which the scaler skips, skips its update as well.
 
+    audit: at every so many updates the growth strategy is compared with the exact search, layer by
+    layer; ``audited`` is what came out at last. It takes the time of both searches and changes
+    nothing. 0: never.
+
     Raises InputError when the method updates and the model has no sparse layer, or when the
     optimizer does not hold the layers' values (it was built before ``sparsify``).
     """
@@ -89,6 +106,7 @@ class TopologyUpdater:
         method: Method,
         *,
         scaler: GradScaler | None = None,
+        audit: int = 0,
     ) -> None:
         model = _inner(model)
         self.layers: dict[str, SparseLayer] = sparse_layers(model)
@@ -96,7 +114,7 @@ class TopologyUpdater:
             raise InputError(
                 f"{type(model).__name__} has no sparse layer to update: call sparsify on it first"
             )
-        self.optimizer, self.method = optimizer, method
+        self.optimizer, self.method, self.audit = optimizer, method, audit
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, layer in self.layers.items():
             if id(layer.values) not in held:
@@ -106,9 +124,15 @@ class TopologyUpdater:
                 )
         scale = None if scaler is None else scaler.get_scale
         self._recorder = Recorder(model, self.layers, loss_scale=scale)
+        # What earlier steps recorded that is searched together with what is to come.
+        self._earlier: list[dict[str, Pairs]] = []
         self.steps = 0
+        self.updates = 0
         self.skipped = 0
         self.last: Update | None = None
+        self.audited: Audit | None = None
+        # What growth decided once, and goes by from then on.
+        self.choices: dict[str, str] = {}
         # What the method keeps from step to step, what that cost so far, and how long it took in
         # the last step.
         self.states: dict[str, Tensor] = {}
@@ -127,7 +151,7 @@ class TopologyUpdater:
     @property
     def holds_records(self) -> bool:
         """Whether vectors of past steps wait for the next update; no checkpoint keeps them."""
-        return not self._recorder.empty
+        return bool(self._earlier) or not self._recorder.empty
 
     def step(self) -> bool:
         """Count a step and update the topology where one is due; see the class."""
@@ -147,6 +171,9 @@ class TopologyUpdater:
                 self._update(records, start)
                 updated = True
             self.skipped += due and not finite
+            self._forget_records()
+        elif not self._recorder.empty:
+            self._earlier.append(self._recorder.records())
             self._recorder.clear()
         self._arm()
         return updated and self.method.skips_step
@@ -170,10 +197,12 @@ class TopologyUpdater:
             raise RuntimeError("vectors of past steps wait for an update: save after it")
         return {
             "steps": self.steps,
+            "updates": self.updates,
             "skipped": self.skipped,
             "observed_flops": self.observed_flops,
             "explored": {name: explored.keys for name, explored in self._explored.items()},
             "states": dict(self.states),
+            "choices": dict(self.choices),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -184,12 +213,14 @@ class TopologyUpdater:
                 f"{sorted(set(state['explored']) ^ set(self.layers))} differ"
             )
         self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
+        self.updates = int(state["updates"])
         self.observed_flops = int(state["observed_flops"])
+        self.choices = dict(state["choices"])
         self.states = {name: kept.to(self._device) for name, kept in state["states"].items()}
         for name, keys in state["explored"].items():
             device = self.layers[name].topology.cols.device
             self._explored[name] = _Explored(keys.to(device, torch.int64))
-        self._recorder.clear()
+        self._forget_records()
         self._arm()
 
     def _arm(self) -> None:
@@ -200,8 +231,12 @@ class TopologyUpdater:
             # Nothing is searched any more (or nothing is observed): let go of what was kept.
             self.states = {}
 
+    def _forget_records(self) -> None:
+        self._earlier.clear()
+        self._recorder.clear()
+
     def _records(self) -> dict[str, Pairs]:
-        records = self._recorder.records()
+        records = _joined([*self._earlier, self._recorder.records()], self.method.average_decay)
         if world_size() == 1:
             return records
         return {name: ReducedPairs(pairs) for name, pairs in records.items()}
@@ -234,18 +269,34 @@ class TopologyUpdater:
         self.observed_flops += observed.flops
 
     def _update(self, records: dict[str, Pairs], start: float) -> None:
-        changes = self.method.plan(self.layers, records, self.steps, self.states)
+        changes = self.method.plan(self.layers, records, self.steps, self.states, self.choices)
         searched = time.perf_counter()
         check_agreement(changes, self._device)
+        self.updates += 1
+        searches = {k: v for change in changes.values() for k, v in change.searches.items()}
+        for name, search in searches.items():
+            if search.choice is not None:
+                self.choices[name] = search.choice
+        agreed = time.perf_counter()
+        self._audit(records)
+        audited = time.perf_counter()
         resized = [self._apply(name, change) for name, change in changes.items()]
         self.last = Update(
             self.steps,
             {name: change.grown.numel() for name, change in changes.items()},
             searched - start,
-            time.perf_counter() - searched,
+            time.perf_counter() - audited + agreed - searched,
             sum(change.flops for change in changes.values()),
             any(resized),
+            searches,
         )
+
+    def _audit(self, records: dict[str, Pairs]) -> None:
+        if self.audit == 0 or self.updates % self.audit:
+            return
+        start = time.perf_counter()
+        quality = self.method.audit(self.layers, records, self.steps, self.states, self.choices)
+        self.audited = Audit(self.steps, quality, time.perf_counter() - start)
 
     @torch.no_grad()
     def _apply(self, name: str, change: Change) -> bool:
@@ -268,3 +319,12 @@ class TopologyUpdater:
         if 2 * alive < layer.topology.capacity:
             resize(layer, self.optimizer, alive)
         return layer.topology.capacity != capacity
+
+
+def _joined(steps: Sequence[Mapping[str, Pairs]], decay: float) -> dict[str, Pairs]:
+    """The vectors of every layer over several steps, whose gradients decay from step to step."""
+    joined: dict[str, Pairs] = {}
+    for name in dict.fromkeys(name for step in steps for name in step):
+        own = [step[name] for step in steps if name in step]
+        joined[name] = own[0] if len(own) == 1 else JoinedPairs(own, decay)
+    return joined

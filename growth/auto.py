@@ -19,7 +19,16 @@ from growth.pairs import Pairs, as_pairs
 from growth.recall import RecallSample
 from growth.scan import column_norms
 from growth.strategy import Strategy
-from triton_kernels.costs import gram_ns, lowrank_ns, lowrank_pays, scan_ns, scan_pays, tiles_ns
+from triton_kernels.costs import (
+    gram_ns,
+    gram_pays,
+    longer_than_wide,
+    lowrank_ns,
+    lowrank_pays,
+    scan_ns,
+    scan_pays,
+    tiles_ns,
+)
 
 
 class _Choice(NamedTuple):
@@ -93,8 +102,8 @@ class Auto:
         if grid.block != (1, 1):
             return self._choose_for_blocks(pairs, grid, count)
         if not scan_pays(n_out, n_in, depth):
-            small = n_out * n_in < 2 * depth * (n_out + n_in)
-            why = "the vectors are long for the layer" if small else "the layer is small"
+            long = longer_than_wide(n_out, n_in, depth)
+            why = "the vectors are long for the layer" if long else "the layer is small"
             return _Choice("dense", f"{why}: {n_out} x {n_in}, {depth} samples")
         return self._choose_for_entries(pairs, count, active)
 
@@ -134,8 +143,9 @@ class Auto:
 
     def _choose_for_blocks(self, pairs: Pairs, grid: Grid, count: int) -> _Choice:
         shape = pairs.n_out, pairs.n_in, pairs.samples
-        tiles, grams = tiles_ns(*shape), gram_ns(*shape, grid.block)
-        way = "Gram matrices are" if grams < tiles else "a product is"
+        by_grams = gram_pays(*shape, grid.block)
+        exact = gram_ns(*shape, grid.block) if by_grams else tiles_ns(*shape)
+        way = "Gram matrices are" if by_grams else "a product is"
         choice = _Choice("exact", f"{way} the cheapest for blocks of {grid.block}")
         rescored = int(LowRank.candidates * count) * grid.block[0] * grid.block[1]
         if not (self.recall < 1 and lowrank_pays(*shape, LowRank.rank, rescored)):
@@ -144,7 +154,7 @@ class Auto:
         rank = 2 * LowRank.rank
         screen = gram_ns(pairs.n_out, pairs.n_in, rank, grid.block)
         checked = pairs.n_out * pairs.n_in // 20
-        faster = min(tiles, grams) / (screen + lowrank_ns(*shape, rank, checked, 0))
+        faster = exact / (screen + lowrank_ns(*shape, rank, checked, 0))
         if faster <= 1:
             return choice
         why = f"about {faster:.1f} x as fast as exact, where a rank keeps the promise"
@@ -156,6 +166,8 @@ def _reaching(x: Tensor, dz: Tensor, threshold: float) -> float:
     if threshold <= 0:
         return 1.0
     of_x, of_dz = np.sort(column_norms(x)), column_norms(dz)
+    # What reaches it but for rounding is computed as well.
+    threshold *= 1 - 1e-6
     with np.errstate(divide="ignore"):
         below = of_x.searchsorted(threshold / of_dz)
     return 1 - float(below.mean()) / of_x.size

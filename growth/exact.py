@@ -13,11 +13,12 @@ from growth.blocks import best_blocks
 from growth.connections import Block, Connections, check_query
 from growth.dense import connections, stream
 from growth.errors import InputError
+from growth.on_gpu import on_gpu
 from growth.pairs import Pairs, as_pairs
 from growth.running_top import RunningTop
 from growth.scan import SCREENS, scan
 from growth.strategy import check_metric
-from triton_kernels.costs import scan_pays
+from triton_kernels.costs import longer_than_wide, scan_pays
 
 # Questions to the active keys, as a multiple of what is searched: what passes the threshold.
 _CANDIDATES = 4
@@ -62,6 +63,12 @@ class Exact:
     ) -> Connections:
         pairs = as_pairs(pairs)
         grid = check_query(pairs, count, active, block, self.metric)
+        if longer_than_wide(pairs.n_out, pairs.n_in, pairs.samples):
+            found = None
+        else:
+            found = on_gpu(pairs, grid, count, active, self.metric)
+        if found is not None:
+            return found
         if block != (1, 1):
             return best_blocks(pairs, grid, count, active)
         if not self._scans(pairs):

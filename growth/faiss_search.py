@@ -129,7 +129,7 @@ class Faiss:
             index,
             k_similar=self.k_similar,
             metric=self.metric,
-            name=self.index,
+            name=f"faiss {self.index}",
         )
 
     def _build(self, base: Floats, device: torch.device) -> Index:
@@ -176,8 +176,8 @@ class Faiss:
                 found.offer(rows[of] * grid.n_cols + cols, scores)
             start, step = start + step, 2 * step
         flops = 2 * len(signs) * pairs.samples * pairs.n_in * pairs.n_out
-        report: dict[str, str | float] = {
-            "index": self.index,
+        report = {
+            "search": "faiss range",
             "radius": found.threshold,
             "queries repeated": 0,
         }

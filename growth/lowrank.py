@@ -107,7 +107,7 @@ class LowRank:
     ) -> tuple[Connections | None, int]:
         """What was found, None where no rank keeps the promise, and the FLOPs until then."""
         taken, depth = active.numpy(), len(screen.x)
-        ranks = [int(self.rank * k) for k in STEPS if 2 * self.rank * k <= depth]
+        ranks = sorted({int(self.rank * k) for k in STEPS if 2 * self.rank * k <= depth})
         sample, flops = None, 0
         if self.recall:
             sample = RecallSample(
@@ -135,7 +135,7 @@ class LowRank:
             scores = screen.rescore(keys)
             flops += cost + screen.flops_of_scores(wanted)
             if not np.isfinite(scores).all():
-                break  # which of the products that leave the range to choose, one search decides
+                break  # products beyond the range of numbers: the exact search says which count
             best = select_best(keys, scores, count)
             keys, scores = keys[best], scores[best]
             report = {"search": "low rank", "rank": rank, "promise": self.recall}

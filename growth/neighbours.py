@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -143,7 +143,7 @@ def grow_from_neighbours(
 
     For ``abs-ip`` every query is asked with both signs. All answers are flattened and the active
     ones left out; where fewer than ``count`` are left, everything is asked again with twice the k.
-    query: (n_out, samples). name: of the index, for the report.
+    query: (n_out, samples). name: of the library and the index, for the report.
     """
     taken = active.cpu().numpy()
     k = min(grid.n_cols, math.ceil(grid.n_cols * k_similar))
@@ -154,7 +154,7 @@ def grow_from_neighbours(
         if found.held >= count or k == grid.n_cols:
             break
         k, repeated = min(grid.n_cols, 2 * k), repeated + 1
-    report: dict[str, str | float] = {"index": name, "k": k, "queries repeated": repeated}
+    report = {"search": name, "k": k, "queries repeated": repeated}
     return completed(pairs, grid, count, taken, found, metric, index.flops, report)
 
 
@@ -185,7 +185,7 @@ def completed(
     found: Candidates,
     metric: str,
     flops: int,
-    report: dict[str, str | float],
+    report: dict[str, Any],
 ) -> Connections:
     """What was found; where an index gives too few even when asked for all, the missing ones are
     the best of the others, by the exact search."""

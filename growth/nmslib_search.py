@@ -104,7 +104,7 @@ class Nmslib:
             _Index(base, self),
             k_similar=self.k_similar,
             metric=self.metric,
-            name=self.index,
+            name=f"nmslib {self.index}",
         )
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import sys
 
 import pytest
 
+import growth
 import train
+from dst import METHODS, UpdateSchedule
 from dst.config import (
     Config,
     DataConfig,
+    GrowthConfig,
     check,
     from_json,
     parse_block,
@@ -18,13 +23,99 @@ from dst.config import (
     parse_skip,
     to_json,
 )
+from dst.growing import fields_of, growth_strategy
 from dst.presets import PRESETS
 from dst.recipes.sparse import build_method
-from growth import InputError
+from growth import STRATEGIES, InputError, MissingLibraryError
 
 
 def test_defaults_pass_the_check():
     check(Config())
+
+
+@pytest.mark.parametrize("library", ["faiss", "nmslib"])
+def test_refusals_of_the_libraries(library):
+    for flags, words in (
+        ([f"--growth={library}", "--block=4"], "single neurons"),
+        ([f"--growth={library}", "--growth.k-similar=0"], "k_similar 0"),
+        ([f"--growth={library}", "--growth.index=tree"], f"{library} has no index 'tree'"),
+        ([f"--growth={library}", "--growth.links=1"], "links 1"),
+    ):
+        pytest.importorskip(library, reason="the extra 'cpu' brings it")
+        with pytest.raises(InputError, match=words):
+            check(train.parse(flags))
+
+
+@pytest.mark.parametrize("library", ["faiss", "nmslib"])
+def test_a_library_that_is_missing_is_told_before_anything_is_built(library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingLibraryError, match=f"needs the library {library}"):
+        check(train.parse([f"--growth={library}"]))
+
+
+def test_every_option_of_every_strategy_has_a_flag():
+    options = {field.name for field in dataclasses.fields(GrowthConfig)}
+    for name in STRATEGIES:
+        # The decay of a sum over steps is called momentum; what Averaged wraps has flags itself.
+        own = {{"decay": "momentum"}.get(field, field) for field in fields_of(name)}
+        assert own - {"strategy"} <= options, name
+    every = {field for name in STRATEGIES for field in fields_of(name)} | {"momentum"}
+    assert options - {"strategy", "audit"} <= every
+
+
+def test_every_strategy_may_be_named_and_keeps_its_own_defaults():
+    for name, kind in STRATEGIES.items():
+        if name not in ("faiss", "nmslib") or importlib.util.find_spec(name):
+            assert growth_strategy(train.parse([f"--growth={name}"])) == kind()
+            check(train.parse([f"--growth={name}"]))
+
+
+def test_without_a_strategy_it_is_the_methods_own():
+    for name, entry in METHODS.items():
+        config = train.parse([f"--method={name}"])
+        own = entry.build(UpdateSchedule(1, 9, 0.5), 0)
+        assert growth_strategy(config) == getattr(own, "growth", None)
+        check(config)
+
+
+def test_options_reach_the_strategy():
+    def made(*flags):
+        config = train.parse(list(flags))
+        check(config)
+        return build_method(config, 20)
+
+    method = made("--growth=lowrank", "--growth.rank=8", "--growth.recall=0.9")
+    assert method.growth == growth.LowRank(8, 0.9)
+    assert made("--growth.metric=l2").growth == growth.Exact("l2")
+    assert made("--growth=momentum", "--growth.momentum=0.5").growth == growth.Momentum(0.5)
+    method = made("--growth=subblock", "--growth.share=0.5", "--update-average-rank=4")
+    assert method.growth == growth.Averaged(growth.Subblock(0.5), 4)
+    method = made("--method=rigl", "--update-average-rank=4", "--update-average-decay=0.3")
+    assert method.growth == growth.Averaged(growth.Exact(), 4, 0.3)
+    assert made("--growth=averaged", "--growth.rank=4").growth == growth.Averaged(rank=4)
+    method = made("--update-average=3", "--update-average-decay=0.3")
+    assert method.growth == growth.Exact()
+    assert (method.schedule.average, method.average_decay) == (3, 0.3)
+    assert made("--update-average=3").average_decay == 1
+
+
+def test_methods_that_grow_nothing_ignore_how():
+    for method in ("static", "dense"):
+        check(train.parse([f"--method={method}", "--growth.k-similar=0.2", "--growth-audit=2"]))
+
+
+def test_a_config_from_before_options_could_be_left_open(tmp_path):
+    """Such files say every default, also of what the strategy does not have."""
+    old = {"strategy": "auto", "metric": "abs-ip", "k_similar": 0.15, "momentum": 0.9}
+    for method, changed, expected in (
+        ("rigl", {}, growth.Exact()),
+        ("similarity", {"metric": "ip"}, growth.Exact("ip")),
+        ("snfs", {"momentum": 0.8}, growth.Momentum(0.8)),
+    ):
+        (tmp_path / "c.json").write_text(json.dumps({"method": method, "growth": old | changed}))
+        config = from_json(tmp_path / "c.json")
+        check(config)
+        assert growth_strategy(config) == expected
 
 
 def test_flags_as_a_sweep_passes_them():
@@ -109,12 +200,32 @@ def test_an_int_where_a_float_belongs_is_a_float(tmp_path):
         (["--method=rigel"], "did you mean rigl"),
         (["--growth=fais"], "did you mean faiss"),
         (["--growth.metric=cosine"], "abs-ip"),
-        (["--growth.k-similar=0"], "k-similar"),
+        (["--growth.k-similar=0.2"], "growth exact has no k-similar, which is for faiss, nmslib"),
+        (["--method=set", "--growth.metric=abs-ip"], "random has no metric, which is for dense"),
+        (["--growth=exact", "--growth.momentum=0.5"], "which is for averaged, momentum"),
+        (["--growth=exact", "--growth.screen=float16"], "screen 'float16'"),
+        (["--growth=lowrank", "--growth.rank=0"], "rank 0"),
+        (["--growth=lowrank", "--growth.recall=1.5"], "recall 1.5"),
+        (["--growth=gse", "--growth.sampling=all"], "sampling 'all'"),
+        (["--growth=gse", "--growth.subset=0"], "subset 0"),
+        (["--growth=subblock", "--growth.share=2"], "share 2"),
+        (["--growth=pool", "--growth.candidates=0.5"], "candidates 0.5"),
+        (["--growth=blocks", "--growth.way=round"], "way 'round'"),
+        (["--update-average-rank=0"], "update-average-rank 0"),
+        (["--update-average-rank=4", "--update-average-decay=1.1"], "update-average-decay 1.1"),
+        (["--update-average-decay=0.5"], "nothing to decay"),
+        (["--update-average-rank=4", "--update-average=3"], "leave --update-average away"),
+        (["--update-average-rank=4", "--growth.metric=l2"], "metric 'l2'"),
+        (["--update-average-rank=4", "--growth=momentum"], "momentum averages by itself"),
+        (["--update-average-decay=0.5", "--method=snfs"], "momentum averages by itself"),
+        (["--update-average-rank=4", "--growth=averaged"], "averaged averages by itself"),
+        (["--update-average-rank=4", "--method=set"], "random searches no vectors"),
+        (["--update-average-rank=4", "--growth=random"], "random searches no vectors"),
+        (["--growth-audit=-1"], "growth-audit -1"),
         (["--method=rigl", "--growth=faiss"], "rigl grows by exact"),
         (["--method=set", "--growth=exact"], "set grows by random"),
         (["--method=static", "--growth=exact"], "grows by nothing"),
         (["--method=rigl", "--growth.metric=l2"], "no metric"),
-        (["--growth=faiss", "--block=4"], "single neurons"),
         (["--growth.metric=ip", "--block=4"], "single neurons"),
         (["--data=mnist5k"], "did you mean mnist-5k"),
         (["--distribution=erks"], "did you mean erk"),
@@ -146,7 +257,7 @@ def test_an_int_where_a_float_belongs_is_a_float(tmp_path):
         (["--method=snfs", "--growth=exact"], "snfs grows by momentum"),
         (["--growth=momentum", "--growth.metric=l2"], "momentum has no metric"),
         (["--growth=random", "--growth.metric=ip"], "random has no metric"),
-        (["--growth.momentum=1"], "growth.momentum"),
+        (["--method=snfs", "--growth.momentum=1"], "momentum decay 1"),
         (["--preset=itop"], "preset 'itop' is unknown"),
     ],
 )

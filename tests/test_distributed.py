@@ -3,6 +3,7 @@
 ``torchrun`` runs this very file once for all tests: ``_worker`` writes what each worker found.
 """
 
+import dataclasses
 import datetime
 import os
 import subprocess
@@ -30,8 +31,8 @@ from dst import (
 )
 from dst.distributed import ReducedPairs, check_agreement, everywhere, rank, world_size
 from dst.drop import magnitude
-from dst.topology import Change
-from growth import Exact, JoinedPairs, LinearPairs, Pairs, Random
+from dst.topology import Change, Search
+from growth import ConvPairs, Exact, JoinedPairs, LinearPairs, Pairs, Random, Subblock
 
 WORLD = 2
 TRAINED = ("rigl", "set", "similarity", "snfs")
@@ -69,6 +70,20 @@ def _found(model: nn.Module) -> State:
     state: State = {f"{n}/keys": la.topology.keys() for n, la in sparse_layers(model).items()}
     state |= {f"{n}/slots": la.topology.slots for n, la in sparse_layers(model).items()}
     return state | {n: p.detach() for n, p in model.named_parameters()}
+
+
+def _audited() -> State:
+    """Recall and mass of a strategy that misses some, over the vectors of all workers."""
+    model = _net()
+    method = dataclasses.replace(rigl(UpdateSchedule(1, 9, 0.4)), growth=Subblock(0.4))
+    network = DistributedDataParallel(model) if world_size() > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    updater = TopologyUpdater(model, optimizer, method, audit=1)
+    x, y = _shard(0)
+    F.cross_entropy(network(x), y).backward()
+    updater.step()
+    assert updater.audited is not None
+    return {name: [q.recall, q.mass] for name, q in updater.audited.quality.items()}
 
 
 def _train(name: str) -> State:
@@ -163,6 +178,12 @@ def _parts(worker: int) -> Pairs:
     )
 
 
+def _maps(worker: int) -> Pairs:
+    random = torch.Generator().manual_seed(worker)
+    x, dz = torch.randn(2, 2, 8, 8, generator=random), torch.randn(2, 3, 6, 6, generator=random)
+    return ConvPairs(x, dz, (3, 3))
+
+
 def _reduced() -> State:
     pairs = ReducedPairs(_parts(rank()))
     of_x, of_dz = pairs.squared_norms()
@@ -175,6 +196,16 @@ def _reduced() -> State:
         "of_dz": of_dz,
     }
     half = LinearPairs(torch.ones(rank() + 1, 2).half(), torch.ones(rank() + 1, 3).half(), 0.5)
+    row, col = torch.tensor([0, 2, 2, 5]), torch.tensor([6, 0, 3, 1])
+    found["single"] = pairs.products_at(row, col)
+    found["many"] = pairs.products_at(
+        torch.arange(6).repeat_interleave(7), torch.arange(7).repeat(6)
+    )
+    found["times"] = pairs.times(torch.arange(14.0, dtype=torch.float64).view(7, 2))
+    found["transposed"] = pairs.transposed_times(torch.arange(12.0, dtype=torch.float64).view(6, 2))
+    narrowed = pairs.narrowed(torch.tensor([1, 4]), torch.tensor([0, 5, 6]))
+    found["narrowed"] = narrowed.products(0, 2)
+    found["pooled"] = ReducedPairs(_maps(rank())).pooled().products(0, 3)
     found["half"] = torch.cat([dz for _, dz in ReducedPairs(half).chunks()])
     active = torch.tensor([0, 5, 9, 17, 30])
     for metric in ("abs-ip", "ip", "l2"):
@@ -197,10 +228,12 @@ def _agreement() -> list[str]:
     dropped = {"a": Change(keys[rank()], keys[1])}
     grown = {"a": Change(keys[0], keys[rank()])}
     swapped = {"a": Change(keys[rank()], keys[1 - rank()])}
+    way = Search({}, "one" if rank() == 0 else "other")
+    decided = {"a": Change(keys[0], keys[1], 0, {"a": way})}
     device = torch.device("cpu")
     return [
         _message(lambda c=change: check_agreement(c, device))
-        for change in (same, dropped, grown, swapped)
+        for change in (same, dropped, grown, swapped, decided)
     ]
 
 
@@ -214,6 +247,7 @@ def _worker(folder: Path) -> None:
     results["overflow"] = _one_overflows()
     results["reduced"] = _reduced()
     results["agreement"] = _agreement()
+    results["audited"] = _audited()
     device = torch.device("cpu")
     results["everywhere"] = [
         everywhere(condition, device) for condition in (True, rank() == 0, False)
@@ -283,7 +317,7 @@ def test_agreement_sees_which_keys_are_dropped_and_which_grown(workers: list[Sta
     for worker in workers:
         same, *others = worker["agreement"]
         assert same == "no error"
-        assert len(others) == 3 and all(other.startswith("RuntimeError") for other in others)
+        assert len(others) == 4 and all(other.startswith("RuntimeError") for other in others)
 
 
 def test_everywhere_holds_where_all_workers_say_so(workers: list[State]) -> None:
@@ -300,6 +334,17 @@ def test_vectors_of_unequal_numbers_of_chunks_are_joined(workers: list[State]) -
         assert found["chunks"] == 4
         assert torch.equal(found["x"], x) and torch.equal(found["dz"], dz)
         torch.testing.assert_close(found["rows"], gradient[1:4], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found["single"], gradient[[0, 2, 2, 5], [6, 0, 3, 1]])
+        torch.testing.assert_close(found["many"], gradient.flatten())
+        by = torch.arange(14.0, dtype=torch.float64)
+        torch.testing.assert_close(found["times"], gradient @ by.view(7, 2))
+        torch.testing.assert_close(found["transposed"], gradient.T @ by[:12].view(6, 2))
+        torch.testing.assert_close(found["narrowed"], gradient[[1, 4]][:, [0, 5, 6]])
+        pooled = sum(_maps(w).pooled().products(0, 3) for w in range(WORLD)) / WORLD
+        torch.testing.assert_close(found["pooled"], pooled)
+        assert not torch.allclose(
+            pooled, sum(_maps(w).products(0, 3) for w in range(WORLD)) / WORLD
+        )
         torch.testing.assert_close(found["of_x"], x.square().sum(0), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(found["of_dz"], dz.square().sum(0), rtol=1e-12, atol=1e-12)
         # Half precision is unscaled in float32 on its own worker.
@@ -326,6 +371,13 @@ def test_strategies_search_the_vectors_of_all_workers(
     expected = scores.topk(6).indices.sort().values
     for worker in workers:
         assert torch.equal(worker["reduced"][f"{strategy} {metric}"], expected)
+
+
+def test_an_audit_is_of_the_vectors_of_all_workers(workers: list[State]) -> None:
+    alone = _audited()
+    assert min(recall for recall, _ in alone.values()) < 1
+    for worker in workers:
+        assert worker["audited"] == {name: pytest.approx(found) for name, found in alone.items()}
 
 
 def test_one_process_is_a_world_of_its_own() -> None:

@@ -290,7 +290,7 @@ def test_what_no_index_reaches_is_made_up_exactly() -> None:
 
 def test_reports_say_how_it_searched(index: Any) -> None:
     found = index((_normal(6, 50, seed=1), _normal(6, 40, seed=2)), 100, NONE)
-    assert found.report["index"] == index.index
+    assert found.report["search"].endswith(index.index)
     assert found.report["queries repeated"] == found.report["completed exactly"] == 0
     if index.index != "range":
         assert found.report["k"] == 8  # ceil(50 * .15)
@@ -449,7 +449,7 @@ def test_too_few_are_asked_for_again(library: str, kind: str) -> None:
     # 1, 2 and 4 neighbours: two of each row make only 3 inactive ones.
     assert found.flops == 3 * (2 * 1 * 4 * 3)
     assert found.report == {
-        "index": kind,
+        "search": f"{library} {kind}",
         "k": 4,
         "queries repeated": 2,
         "completed exactly": 0,

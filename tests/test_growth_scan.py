@@ -182,7 +182,9 @@ def test_norms() -> None:
     np.testing.assert_allclose(
         column_norms(vectors), [5, 0, 1e30 * 2**0.5, 1e-30 * 2**0.5], rtol=1e-6
     )
-    np.testing.assert_allclose(column_norms(torch.full((4, 1), 1e300, dtype=torch.float64)), [2e300])
+    np.testing.assert_allclose(
+        column_norms(torch.full((4, 1), 1e300, dtype=torch.float64)), [2e300]
+    )
 
 
 # The running top-K.
@@ -190,7 +192,9 @@ def test_norms() -> None:
 
 @settings(max_examples=1500, deadline=None, derandomize=True)
 @given(
-    st.lists(st.integers(-3, 3) | st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=120),
+    st.lists(
+        st.integers(-3, 3) | st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=120
+    ),
     st.integers(0, 120),
     st.integers(1, 20),
     st.integers(1, 50),

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from dst import (
     sparsify,
 )
 from dst.methods import Method
-from dst.methods.base import States
+from dst.methods.base import Choices, States
 from growth import Exact, Pairs
 
 # name -> layer changes of one update
@@ -100,7 +101,8 @@ class _Witness:
     def __init__(self, method: Method, model: nn.Module) -> None:
         self.method, self.model = method, model
         self.skips_step, self.observes = method.skips_step, method.observes
-        self.observe = method.observe
+        self.average_decay = method.average_decay
+        self.observe, self.audit = method.observe, method.audit
         self.due, self.recording = method.due, method.recording
         self.initial_blocks = method.initial_blocks
         self.plans: list[Changes] = []
@@ -111,12 +113,13 @@ class _Witness:
         records: Mapping[str, Pairs],
         step: int,
         states: States,
+        choices: Choices,
     ) -> Changes:
         before, random = _copied(self.model.state_dict()), torch.get_rng_state()
         gradients = {n: p.grad.clone() for n, p in self.model.named_parameters()}
         kept = _copied(states)
-        plan = self.method.plan(layers, records, step, states)
-        assert _same_changes(plan, self.method.plan(layers, records, step, states))
+        plan = self.method.plan(layers, records, step, states, choices)
+        assert _same_changes(plan, self.method.plan(layers, records, step, states, choices))
         assert all(torch.equal(kept[name], state) for name, state in states.items())
         after = self.model.state_dict()
         assert before.keys() == after.keys()
@@ -245,6 +248,97 @@ def test_averaging_over_steps_equals_one_update_over_the_joined_batch(
     averaged = run(3, batches)
     assert averaged == run(1, [batches[0], batches[1], joined])
     assert averaged != run(1, batches)
+
+
+class _Listener(_Witness):
+    """Keeps the gradients that its plans search."""
+
+    def plan(
+        self,
+        layers: Mapping[str, SparseLayer],
+        records: Mapping[str, Pairs],
+        step: int,
+        states: States,
+        choices: Choices,
+    ) -> Changes:
+        self.gradients = {name: p.products(0, p.n_out) for name, p in records.items()}
+        return super().plan(layers, records, step, states, choices)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_the_average_decays_with_every_step(decay: float, micro: int) -> None:
+    """With every step, not with every micro-batch of one."""
+    steps = [[_batch(10 * step + i) for i in range(micro)] for step in range(6)]
+
+    def gradients(schedule: UpdateSchedule, batches: list[Any]) -> list[dict[str, Tensor]]:
+        model = _net()
+        optimizer = _sgd(model, lr=0.0)
+        listener = _Listener(rigl(schedule), model)
+        updater = TopologyUpdater(model, optimizer, listener)
+        found = []
+        for batch in batches:
+            _backward(model, optimizer, *batch)
+            assert updater.holds_records == updater.recording
+            updater.step()
+            if updater.last is not None and updater.last.step == updater.steps:
+                found.append(listener.gradients)
+        return found
+
+    # Zero learning rate, and updates that change nothing: all steps have the same weights.
+    averaging = UpdateSchedule(3, 99, 1e-9, average=3, average_decay=decay)
+    each = gradients(UpdateSchedule(1, 99, 1e-9), steps)
+    averaged = gradients(averaging, steps)
+    assert len(averaged) == 2 and len(each) == 6
+    for at, found in enumerate(averaged):
+        first, second, third = each[3 * at : 3 * at + 3]
+        for name, gradient in found.items():
+            expected = decay**2 * first[name] + decay * second[name] + third[name]
+            torch.testing.assert_close(gradient, expected)
+
+
+@dataclasses.dataclass
+class _Told:
+    """Decides in each layer by its name's length; keeps what it was told."""
+
+    told: list[Any] = dataclasses.field(default_factory=list)
+    needs_pairs, observes = True, False
+
+    def __call__(self, pairs: Any, count: int, active: Tensor, **options: Any) -> Any:
+        self.told.append(options["state"])
+        found = Exact()(pairs, count, active, block=options["block"])
+        return found._replace(report={"search": "told"}, state=f"{pairs.n_out} outputs")
+
+
+def test_what_growth_decides_is_kept_and_told_again() -> None:
+    model = _net()
+    optimizer, strategy = _sgd(model), _Told()
+    method = dataclasses.replace(similarity(UpdateSchedule(2, 9, 0.4)), growth=strategy)
+    updater = TopologyUpdater(model, optimizer, method)
+    for step in range(4):
+        _backward(model, optimizer, _batch(step))
+        updater.step()
+        optimizer.step()
+    expected = {"conv1": "6 outputs", "conv2": "8 outputs", "fc1": "9 outputs", "fc2": "4 outputs"}
+    assert strategy.told == [*[None] * 4, *expected.values()]
+    assert updater.choices == updater.state_dict()["choices"] == expected
+    assert updater.last is not None
+    assert {name: search.choice for name, search in updater.last.searches.items()} == expected
+    twin = TopologyUpdater(model, optimizer, method)
+    assert twin.choices == {}
+    twin.load_state_dict(updater.state_dict())
+    assert twin.choices == expected and twin.updates == 2
+
+
+def test_nothing_is_decided_where_nothing_is_grown() -> None:
+    model = _net()
+    optimizer, strategy = _sgd(model), _Told()
+    method = dataclasses.replace(similarity(UpdateSchedule(1, 9, 1e-9)), growth=strategy)
+    updater = TopologyUpdater(model, optimizer, method)
+    for step in range(2):
+        _backward(model, optimizer, _batch(step))
+        updater.step()
+    assert updater.choices == {} and set(strategy.told) == {None}
 
 
 @pytest.mark.parametrize("name", CHANGING)
@@ -415,6 +509,7 @@ class _Scripted(Unchanging):
         records: Mapping[str, Pairs],
         step: int,
         states: States,
+        choices: Choices = MappingProxyType({}),
     ) -> Changes:
         return self.changes[step - 1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -26,7 +27,7 @@ from dst.presets import PRESETS
 from dst.recipes.session import CHECKPOINT
 from dst.redistribute import REDISTRIBUTIONS
 from dst.training import run
-from growth import STRATEGIES
+from growth import STRATEGIES, Exact, Random
 
 ROOT = Path(train.__file__).parent
 # 1297 training images of 8 x 8: 20 steps of 64 an epoch.
@@ -90,6 +91,79 @@ def test_every_method_trains_the_default_model_20_steps(tmp_path, method):
         # The update replaces the step: one weight gradient's worth less, one dense one more.
         static = 3 * summary.inference_flops * 64 * 20
         assert summary.training_flops != static
+
+
+@pytest.mark.parametrize("growth", STRATEGIES)
+def test_every_growth_strategy_trains(tmp_path, growth):
+    if growth in ("faiss", "nmslib"):
+        pytest.importorskip(growth, reason="the extra 'cpu' brings it")
+    block = "--block=4" if growth == "blocks" else "--block=1"
+    go(
+        tmp_path,
+        f"--growth={growth}",
+        block,
+        "--update-interval=5",
+        "--update-fraction=0.4",
+        "--name=a",
+    )
+    updates = [line for line in tracking.read(tmp_path / "a") if line["kind"] == "update"]
+    assert [line["step"] for line in updates] == [5, 10]
+    assert sum(updates[0]["grown"].values()) > 0
+    assert all(line["search"].keys() == {"1", "4", "7"} for line in updates)
+    reports = updates[0]["search"].values()
+    assert all(reports) or growth == "random"
+    served = (tmp_path / "a" / "report.md").read_text()
+    assert re.search(r"\| growth \| \w.* for 1, 4, 7", served) or growth == "random"
+    choices = checkpoint.load(tmp_path / "a" / CHECKPOINT)[1]["updater"]["choices"]
+    assert (choices.keys() == {"1", "4", "7"}) == (growth in ("auto", "blocks"))
+
+
+class Decides:
+    """Decides once, by its first vectors, from which seed it draws what grows in a layer."""
+
+    needs_pairs, observes = True, False
+
+    def __call__(self, pairs, count, active, *, block=(1, 1), generator=None, state=None):
+        why = "told"
+        if state is None:
+            score = Exact()(pairs, min(1, count), active[:0]).score.sum()
+            state, why = str(int(score * 1e6)), "the first vectors"
+        seed = int(state) + active.numel() + int(active.sum())
+        drawn = torch.Generator().manual_seed(seed)
+        found = Random()(pairs, count, active, block=block, generator=drawn)
+        return found._replace(report={"search": "draw", "why": why}, state=state)
+
+
+def test_what_growth_decided_is_kept_over_a_resume(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(STRATEGIES, "random", dataclasses.make_dataclass("D", [], bases=(Decides,)))
+    flags = [*SMALL, "--growth=random", "--update-interval=4", "--checkpoint-interval=1"]
+    flags.append(f"--out={tmp_path}")
+    run(train.parse([*flags, "--name=whole"]))
+    told = capsys.readouterr().out
+    step = dst.TopologyUpdater.step
+
+    def interrupted(updater):
+        if updater.steps == 6:
+            raise KeyboardInterrupt
+        return step(updater)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dst.TopologyUpdater, "step", interrupted)
+        assert main(patch, capsys, *flags, "--name=stopped")[0] == 1
+    choices = checkpoint.load(tmp_path / "stopped" / CHECKPOINT)[1]["updater"]["choices"]
+    assert choices.keys() == {"1", "4", "7"}
+    run(train.parse([f"--resume={tmp_path / 'stopped'}"]))
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    # Said once, at the first update.
+    for choice in choices.values():
+        assert told.count(f"growth: {choice} for 1 layer (the first vectors)") == 1
+    assert "growth: " not in capsys.readouterr().out
+    searches = [line["search"] for line in tracking.read(tmp_path / "whole") if "search" in line]
+    assert [{report["why"] for report in search.values()} for search in searches] == [
+        {"the first vectors"},
+        {"told"},
+        {"told"},
+    ]
 
 
 def _alexnet():

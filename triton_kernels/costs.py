@@ -49,6 +49,8 @@ LEAST_SCANNED_PAIRS = 1 << 19
 LARGEST_RESCORED_SHARE = 0.04
 # A FLOP through Gram matrices costs this many in a plain tile, packing and rescoring included.
 GRAM_OVERHEAD = 1.5
+# Gram matrices, all held at once, take no more floats than this, or than half of what G would.
+LARGEST_GRAM_FLOATS = 8 << 20
 
 
 def active_bitmap_pays(active: int, size: int, questions: int) -> bool:
@@ -57,11 +59,15 @@ def active_bitmap_pays(active: int, size: int, questions: int) -> bool:
     return active > 0 and size // 8 <= LARGEST_BITMAP_BYTES and build < NS_PER_LOOKUP * questions
 
 
+def longer_than_wide(n_out: int, n_in: int, samples: int) -> bool:
+    """Whether a copy of the vectors would take more than half of what G does."""
+    return 2 * samples * (n_out + n_in) > n_out * n_in
+
+
 def scan_pays(n_out: int, n_in: int, samples: int) -> bool:
-    """Whether vectors of this length are searched in the order of their norms, which needs a sorted
-    copy of them: never more than half of what G would take."""
-    pairs = n_out * n_in
-    return pairs >= LEAST_SCANNED_PAIRS and 2 * samples * (n_out + n_in) <= pairs
+    """Whether vectors are searched in the order of their norms, which needs a sorted copy."""
+    long = longer_than_wide(n_out, n_in, samples)
+    return n_out * n_in >= LEAST_SCANNED_PAIRS and not long
 
 
 def scan_ns(n_out: int, n_in: int, depth: int, computed: float, found: int) -> float:
@@ -92,8 +98,11 @@ def lowrank_ns(
 
 
 def gram_pays(n_out: int, n_in: int, samples: int, block: tuple[int, int]) -> bool:
-    """Whether the norms of blocks are cheaper by Gram matrices than by their products."""
-    if n_out * n_in < LEAST_SCANNED_PAIRS:
+    """Whether the norms of blocks are cheaper by Gram matrices than by their products, and these
+    matrices not too large to hold."""
+    held = samples * (samples + 1) // 2 * -(-n_in // block[1])
+    large = held > max(LARGEST_GRAM_FLOATS, n_out * n_in // 2)
+    if large or n_out * n_in < LEAST_SCANNED_PAIRS:
         return False
     return gram_ns(n_out, n_in, samples, block) < tiles_ns(n_out, n_in, samples)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple, Protocol, cast
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -17,11 +18,14 @@ from dst.ramp import DensityRamp
 from dst.redistribute import REDISTRIBUTIONS, apportion, mean_weights
 from dst.schedules import UpdateSchedule
 from dst.seeding import generator
-from dst.topology import Change
-from growth import InputError, NoVectors, Observer, Pairs, Strategy
+from dst.topology import Change, Search
+from growth import InputError, Momentum, NoVectors, Observer, Pairs, Quality, Strategy, evaluate
 
 # What growth keeps from step to step, by the part's name.
 States = Mapping[str, Tensor]
+# What growth decided once, by the part's name.
+Choices = Mapping[str, str]
+_NO_CHOICES: Choices = MappingProxyType({})
 
 
 class Observed(NamedTuple):
@@ -44,6 +48,11 @@ class Method(Protocol):
         """Whether ``observe`` must be shown every step that is recorded."""
         ...
 
+    @property
+    def average_decay(self) -> float:
+        """What a step's vectors weigh less with every later step that is searched with them."""
+        ...
+
     def due(self, step: int) -> bool:
         """Whether the topology is updated at this step; steps count from 1."""
         ...
@@ -64,8 +73,21 @@ class Method(Protocol):
         records: Mapping[str, Pairs],
         step: int,
         states: States,
+        choices: Choices = _NO_CHOICES,
     ) -> dict[str, Change]:
-        """The change of every layer. Pure: the same arguments give the same plan."""
+        """The change of every layer. Pure: the same arguments give the same plan. choices: those
+        of the plans so far."""
+        ...
+
+    def audit(
+        self,
+        layers: Mapping[str, SparseLayer],
+        records: Mapping[str, Pairs],
+        step: int,
+        states: States,
+        choices: Choices = _NO_CHOICES,
+    ) -> dict[str, Quality]:
+        """How good the searches of ``plan`` with the same arguments are, by the part's name."""
         ...
 
     def initial_blocks(
@@ -81,6 +103,7 @@ class Unchanging:
 
     skips_step: bool = False
     observes: bool = False
+    average_decay: ClassVar[float] = 1.0
 
     def due(self, step: int) -> bool:
         return False
@@ -99,7 +122,18 @@ class Unchanging:
         records: Mapping[str, Pairs],
         step: int,
         states: States,
+        choices: Choices = _NO_CHOICES,
     ) -> dict[str, Change]:
+        return {}
+
+    def audit(
+        self,
+        layers: Mapping[str, SparseLayer],
+        records: Mapping[str, Pairs],
+        step: int,
+        states: States,
+        choices: Choices = _NO_CHOICES,
+    ) -> dict[str, Quality]:
         return {}
 
     def initial_blocks(
@@ -116,6 +150,15 @@ class _Budget(NamedTuple):
 
     dropped: int
     grown: int
+
+
+class _Query(NamedTuple):
+    """What is dropped from a part (keys), and what its growth is asked for."""
+
+    dropped: Tensor
+    pairs: Pairs
+    wanted: int
+    active: Tensor
 
 
 @dataclass(frozen=True)
@@ -159,6 +202,10 @@ class DropGrow:
     def observes(self) -> bool:
         return self.growth.observes
 
+    @property
+    def average_decay(self) -> float:
+        return self.schedule.average_decay
+
     def due(self, step: int) -> bool:
         return self.schedule.due(step)
 
@@ -170,16 +217,18 @@ class DropGrow:
     def observe(
         self, layers: Mapping[str, SparseLayer], records: Mapping[str, Pairs], states: States
     ) -> Observed:
-        """The FLOPs are those of a dense weight gradient less the alive weights' own, which it
-        contains: with the step's 3 f_S they make the 2 f_S + f_D of Evci et al. 2020."""
+        """The FLOPs are what ``growth`` says. Momentum takes a dense weight gradient, and the alive
+        weights' own, which it contains, is counted once: with the step's 3 f_S they make the 2 f_S
+        + f_D of Evci et al. 2020."""
         kept, flops = {}, 0
         growth = cast(Observer, self.growth)
         for part in parts(layers):
             pairs = part.pairs(_recorded(part.layer_name, records))
             kept[part.name] = growth.observe(pairs, states.get(part.name))
-            flops += 2 * pairs.samples * pairs.n_in * pairs.n_out
-        for name, layer in layers.items():
-            flops -= 2 * records[name].samples * layer.alive
+            flops += growth.observe_flops(pairs)
+        if isinstance(growth, Momentum):
+            for name, layer in layers.items():
+                flops -= 2 * records[name].samples * layer.alive
         return Observed(kept, flops)
 
     def plan(
@@ -188,11 +237,12 @@ class DropGrow:
         records: Mapping[str, Pairs],
         step: int,
         states: States,
+        choices: Choices = _NO_CHOICES,
     ) -> dict[str, Change]:
         every = parts(layers)
         budgets = self._budgets(every, step, states)
         changes = [
-            self._plan_part(part, budget, records, step, states)
+            self._plan_part(part, self._query(part, budget, records), step, states, choices)
             for part, budget in zip(every, budgets, strict=True)
         ]
         planned = zip(every, changes, strict=True)
@@ -200,6 +250,33 @@ class DropGrow:
             name: _joined([change for _, change in group])
             for name, group in groupby(planned, key=lambda pair: pair[0].layer_name)
         }
+
+    def audit(
+        self,
+        layers: Mapping[str, SparseLayer],
+        records: Mapping[str, Pairs],
+        step: int,
+        states: States,
+        choices: Choices = _NO_CHOICES,
+    ) -> dict[str, Quality]:
+        """Searches anew, with the same random draws."""
+        every, found = parts(layers), {}
+        for part, budget in zip(every, self._budgets(every, step, states), strict=True):
+            query = self._query(part, budget, records)
+            found[part.name] = evaluate(
+                self.growth,
+                query.pairs,
+                query.wanted,
+                query.active,
+                block=part.grid.block,
+                generator=generator(self.seed, part.name, step),
+                state=self._state(part, states, choices),
+            )
+        return found
+
+    def _state(self, part: Part, states: States, choices: Choices) -> Any:
+        """What the strategy is told of the past: what it kept, or what it decided."""
+        return states.get(part.name) if self.growth.observes else choices.get(part.name)
 
     def _budgets(self, every: list[Part], step: int, states: States) -> list[_Budget]:
         share = self.schedule.fraction_at(step)
@@ -236,14 +313,7 @@ class DropGrow:
             targets += apportion(self.ramp.at(name, step), [1.0] * len(own), own)
         return targets
 
-    def _plan_part(
-        self,
-        part: Part,
-        budget: _Budget,
-        records: Mapping[str, Pairs],
-        step: int,
-        states: States,
-    ) -> Change:
+    def _query(self, part: Part, budget: _Budget, records: Mapping[str, Pairs]) -> _Query:
         grid, keys = part.grid, part.keys()
         values = part.take(part.layer.values.detach())
         if not bool(values.isfinite().all()):
@@ -253,25 +323,34 @@ class DropGrow:
         dropping = self.drop(values, budget.dropped)
         keep = torch.ones(keys.numel(), dtype=torch.bool, device=keys.device)
         keep[dropping] = False
-        dropped = keys[dropping]
         if self.growth.needs_pairs:
             pairs = part.pairs(_recorded(part.layer_name, records))
         else:
             pairs = NoVectors(grid.taps * grid.channels, grid.n_out, grid.taps, keys.device)
+        active = keys[keep] if self.regrow else keys
+        return _Query(keys[dropping], pairs, budget.grown, active)
+
+    def _plan_part(
+        self, part: Part, query: _Query, step: int, states: States, choices: Choices
+    ) -> Change:
+        grid, dropped = part.grid, query.dropped
         found = self.growth(
-            pairs,
-            budget.grown,
-            keys[keep] if self.regrow else keys,
+            query.pairs,
+            query.wanted,
+            query.active,
             block=grid.block,
             generator=generator(self.seed, part.name, step),
-            state=states.get(part.name),
+            state=self._state(part, states, choices),
         )
         grown = (found.row * grid.n_cols + found.col).sort().values
         if self.keep_regrown:
             back = torch.isin(grown, dropped, assume_unique=True)
             dropped = dropped[~torch.isin(dropped, grown, assume_unique=True)]
             grown = grown[~back]
-        return Change(dropped + part.offset, grown + part.offset, found.flops)
+        # What was decided where nothing is grown may not suit what is grown later.
+        choice = found.state if query.wanted else None
+        searches = {part.name: Search(found.report, choice)}
+        return Change(dropped + part.offset, grown + part.offset, found.flops, searches)
 
     def initial_blocks(
         self, layer: SparseLayer, name: str, slots: torch.Tensor, step: int
@@ -295,8 +374,9 @@ def _joined(changes: list[Change]) -> Change:
     """Those of one layer's parts, in order."""
     if len(changes) == 1:
         return changes[0]
-    dropped, grown, flops = zip(*changes, strict=True)
-    return Change(torch.cat(dropped), torch.cat(grown), sum(flops))
+    dropped, grown, flops, searches = zip(*changes, strict=True)
+    together = {name: search for own in searches for name, search in own.items()}
+    return Change(torch.cat(dropped), torch.cat(grown), sum(flops), together)
 
 
 class UpdateDefaults(NamedTuple):

@@ -23,15 +23,16 @@ from dst.distributed import ignore_topology, rank, world_size
 from dst.drop import CRITERIA
 from dst.errors import StoppedError
 from dst.flops import forward_macs, layer_costs, training_cost
+from dst.growing import growth_strategy
 from dst.layers import SparseLinear
 from dst.methods import METHODS, DropGrow, Method
 from dst.models import build
 from dst.progress import ProgressBar
 from dst.recipes.session import Session
-from dst.report import Summary, announce, write
+from dst.report import Summary, announce, announce_choices, write
 from dst.schedules import LearningRate, UpdateSchedule
 from dst.updater import TopologyUpdater
-from growth import STRATEGIES, InputError
+from growth import InputError, Momentum
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +66,11 @@ def sparse(session: Session) -> Summary:
     optimizer = _optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=config.training.amp == "fp16")
     updater = TopologyUpdater(
-        model, optimizer, method, scaler=scaler if scaler.is_enabled() else None
+        model,
+        optimizer,
+        method,
+        scaler=scaler if scaler.is_enabled() else None,
+        audit=config.growth.audit,
     )
     run = _Run(session, data, model, optimizer, scaler, updater, example, steps, total)
     resumed = session.restore()
@@ -90,6 +95,8 @@ def build_method(config: Config, steps: int) -> Method:
         own.fraction if update.update_fraction is None else update.update_fraction,
         update.update_decay or own.decay,
         update.update_average,
+        # In low rank, the strategy decays by itself.
+        1.0 if update.update_average_decay is None else update.update_average_decay,
     )
     if interval >= schedule.end:
         _log.warning(
@@ -104,7 +111,7 @@ def build_method(config: Config, steps: int) -> Method:
         "regrow": update.regrow,
         "keep_regrown": update.keep_regrown,
         "grown_init": update.grown_init,
-        "growth": _strategy(config, entry.growths[0]),
+        "growth": growth_strategy(config),
     }
     if update.redistribute is not None:
         chosen["redistribute"] = update.redistribute
@@ -118,15 +125,6 @@ def build_method(config: Config, steps: int) -> Method:
             "--update-interval or add --no-update-skips-step"
         )
     return dataclasses.replace(method, **chosen)
-
-
-def _strategy(config: Config, own_name: str) -> Any:
-    """The growth strategy, with those of the options that it has. own_name: the method's."""
-    growth = config.growth
-    kind = STRATEGIES[own_name if growth.strategy == "auto" else growth.strategy]
-    own = {field.name for field in dataclasses.fields(kind)}
-    options = {"metric": growth.metric, "k_similar": growth.k_similar, "decay": growth.momentum}
-    return kind(**{key: value for key, value in options.items() if key in own})
 
 
 def _with_ramp(config: Config, method: Method, model: nn.Module, total: int) -> Method:
@@ -253,6 +251,7 @@ class _Run:
         # Until then a compiled forward would be compiled anew for every number of weights.
         self.settled = 0
         method = updater.method
+        self.takes_gradients = isinstance(method, DropGrow) and isinstance(method.growth, Momentum)
         if isinstance(method, DropGrow) and (method.ramp or method.redistribute != "none"):
             self.settled = method.schedule.last_update
         self._wrap()
@@ -348,8 +347,8 @@ class _Run:
         macs = self.session.config.data.batch * self.forward_macs
         self.macs += macs
         replaced = self.updater.step()
-        # Where every step is observed, the weight gradient is part of that cost.
-        self.replaced_macs += (replaced and not self.updater.method.observes) * macs
+        # Momentum's dense gradient of every step is counted less the alive weights' own.
+        self.replaced_macs += (replaced and not self.takes_gradients) * macs
         if not replaced:
             with clock("optimizer"):
                 self.scaler.step(self.optimizer)
@@ -362,6 +361,8 @@ class _Run:
             clock.add("growth: observe", self.updater.observe_seconds)
         if update is None or update.step != self.step + 1:
             return
+        if self.updater.updates == 1:
+            announce_choices(self.session.console, update.searches)
         clock.add("growth: search", update.search_seconds)
         clock.add("growth: apply", update.apply_seconds)
         self.search_flops += update.flops
@@ -376,8 +377,22 @@ class _Run:
                 density=self.density,
                 explored=self.updater.explored(),
                 explored_share=self.updater.explored_share(),
+                search={name: dict(search.report) for name, search in update.searches.items()},
                 time={"search": update.search_seconds, "apply": update.apply_seconds},
             )
+        self._log_audit()
+
+    def _log_audit(self) -> None:
+        audit = self.updater.audited
+        if audit is None or audit.step != self.step + 1:
+            return
+        self.session.clock.add("audit", audit.seconds)
+        measured = ("seconds", "reference_seconds", "memory", "reference_memory")
+        lines = {name: quality._asdict() for name, quality in audit.quality.items()}
+        time = {name: {key: line.pop(key) for key in measured} for name, line in lines.items()}
+        for line in lines.values():
+            line["report"] = dict(line["report"])
+        self.session.log("audit", audit.step, quality=lines, time=time)
 
     def _look(self) -> tuple[float, float]:
         """Loss and accuracy of the epoch so far; stops the run when the loss is not finite."""
