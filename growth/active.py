@@ -1,4 +1,4 @@
-"""Which connections are active: asked of a bitmap, or of their sorted keys."""
+"""Which connections are active: asked of a bitmap, of their sorted keys, or row by row."""
 
 from __future__ import annotations
 
@@ -40,6 +40,14 @@ class ActiveKeys:
         at = self._keys.searchsorted(wanted)
         at[at == self._keys.size] = 0
         return order[self._keys[at] != wanted]
+
+    def in_rows(self, rows: Keys, n_cols: int) -> tuple[Keys, Keys]:
+        """The active connections of some rows of n_cols: positions in ``rows``, and columns."""
+        first = self._keys.searchsorted(rows * n_cols)
+        last = self._keys.searchsorted((rows + 1) * n_cols)
+        parts = [self._keys[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+        at = np.repeat(np.arange(rows.size), last - first)
+        return at, np.concatenate([np.empty(0, np.int64), *parts]) - rows[at] * n_cols
 
 
 def _bitmap(keys: Keys, size: int) -> NDArray[np.uint8]:

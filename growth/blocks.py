@@ -86,11 +86,11 @@ class BlockScreen:
     def scores(self, rows: NDArray[np.int64]) -> Floats:
         step = max(1, _TABLE_FLOATS // (self.grid.block[0] * self.x.shape[1]))
         parts = torch.from_numpy(rows).split(step)
-        pooled = (self.grid.pool(self._rows[part].flatten(0, 1) @ self.x) for part in parts)
+        pooled = (self.grid.pool(self._rows[:, part].flatten(1).T @ self.x) for part in parts)
         return torch.cat(list(pooled)).numpy()
 
     def approximate_scores(self, x: Tensor, dz: Tensor, rows: NDArray[np.int64]) -> Floats:
-        own = grams(self._row_blocks(dz)[torch.from_numpy(rows)])
+        own = grams(self._row_blocks(dz)[:, torch.from_numpy(rows)])
         return (own @ grams(self._col_blocks(x)).T).clamp_min_(0).sqrt_().numpy()
 
     def best(self, x: Tensor, dz: Tensor, count: int, active: Keys) -> tuple[Keys, int]:
@@ -108,12 +108,12 @@ class BlockScreen:
     ) -> tuple[Keys, Floats, int]:
         """By <X_J X_J^T, dZ_I dZ_I^T> + error ||X_J X_J^T|| ||dZ_I dZ_I^T||."""
         of_cols = grams(cols)
-        depth, length = cols.shape[2], of_cols.shape[1]
+        depth, length = len(cols), of_cols.shape[1]
         norms = of_cols.norm(dim=1)
         top = RunningTop(count, of_cols.numpy().dtype)
         step = max(1, _TABLE_FLOATS // max(length, self.n_cols))
-        for start in range(0, len(rows), step):
-            own = grams(rows[start : start + step])
+        for start in range(0, self.grid.n_rows, step):
+            own = grams(rows[:, start : start + step])
             squares = torch.outer(own.norm(dim=1), error * norms)
             for k in range(0, length, _GRAM_SUMMED):
                 part = slice(k, k + _GRAM_SUMMED)
@@ -126,24 +126,20 @@ class BlockScreen:
             flat[active[inside] - first] = -np.inf
             at = np.flatnonzero(flat >= top.threshold)
             top.offer(at + first, flat[at])
-        flops = 2 * depth * depth * (cols.shape[1] * len(cols) + rows.shape[1] * len(rows))
+        flops = 2 * depth * depth * (cols[0].numel() + rows[0].numel())
         return *top.result(), flops + 2 * length * self.grid.size
 
     def rescore(self, keys: Keys) -> Floats:
         found = torch.empty(keys.size, dtype=self.x.dtype)
         key = torch.from_numpy(keys)
         (bh, bw), depth = self.grid.block, len(self.x)
-        step = max(1, min(keys.size, _WORK_FLOATS // (depth * (bh + bw))))
-        # Written again and again: memory that is new each time costs more than what fills it.
-        left, right = self.x.new_empty(step, bh, depth), self.x.new_empty(step, bw, depth)
-        products = self.x.new_empty(step, bh, bw)
+        step = max(1, _WORK_FLOATS // (depth * (bh + bw)))
         for start in range(0, keys.size, step):
             part = key[start : start + step]
-            n = part.numel()
-            torch.index_select(self._rows, 0, part // self.n_cols, out=left[:n])
-            torch.index_select(self._cols, 0, part % self.n_cols, out=right[:n])
-            torch.bmm(left[:n], right[:n].transpose(1, 2), out=products[:n])
-            found[start : start + n] = torch.linalg.vector_norm(products[:n], dim=(1, 2))
+            left = self._rows.index_select(1, part // self.n_cols)
+            right = self._cols.index_select(1, part % self.n_cols)
+            products = torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1))
+            found[start : start + step] = torch.linalg.vector_norm(products, dim=(1, 2))
         return found.numpy()
 
     def flops_of_rows(self, rows: int) -> int:
@@ -156,31 +152,33 @@ class BlockScreen:
         return self.grid.n_rows * self.grid.block[0] - self.grid.n_out
 
     def _row_blocks(self, dz: Tensor) -> Tensor:
-        """(depth, n_out) -> (n_rows, bh, depth), the last block padded."""
-        padded = F.pad(dz, (0, self._padding())) if self._padding() else dz
-        return padded.T.contiguous().view(self.grid.n_rows, self.grid.block[0], len(dz))
+        """(depth, n_out) -> (depth, n_rows, bh), the last block padded."""
+        if self._padding():
+            dz = F.pad(dz, (0, self._padding()))
+        return dz.reshape(len(dz), self.grid.n_rows, self.grid.block[0])
 
     def _col_blocks(self, x: Tensor) -> Tensor:
-        """(depth, n_in) -> (n_cols, bw, depth), each tap's last block padded."""
+        """(depth, n_in) -> (depth, n_cols, bw), each tap's last block padded."""
         taps, width = self.grid.taps, self.grid.block[1]
         padding = self.n_cols // taps * width - self.grid.channels
         if padding:
-            x = F.pad(x.reshape(len(x), taps, -1), (0, padding)).flatten(1)
-        return x.T.contiguous().view(self.n_cols, width, len(x))
+            x = F.pad(x.reshape(len(x), taps, -1), (0, padding))
+        return x.reshape(len(x), self.n_cols, width)
 
 
 def grams(blocks: Tensor) -> Tensor:
-    """blocks: (n, b, depth) -> (n, depth (depth + 1) / 2): the upper triangles of their Gram
+    """blocks: (depth, n, b) -> (n, depth (depth + 1) / 2): the upper triangles of their Gram
     matrices, scaled so that inner products are those of the whole matrices."""
-    depth = blocks.shape[2]
+    depth, n = blocks.shape[:2]
     upper = torch.triu_indices(depth, depth)
-    scale = torch.where(upper[0] == upper[1], 1.0, 2.0**0.5).to(blocks.dtype)
+    scale = torch.where(upper[0] == upper[1], 1.0, 2.0).to(blocks.dtype).sqrt_()
     where = upper[0] * depth + upper[1]
-    packed = blocks.new_empty(len(blocks), where.numel())
-    step = max(1, min(len(blocks), _WORK_FLOATS // (depth * depth)))
+    packed = blocks.new_empty(n, where.numel())
+    step = max(1, min(n, _WORK_FLOATS // (depth * depth)))
+    # Written again and again: memory that is new each time costs more than what fills it.
     squares = blocks.new_empty(step, depth, depth)
-    for start in range(0, len(blocks), step):
-        part = blocks[start : start + step]
-        own = torch.bmm(part.transpose(1, 2), part, out=squares[: len(part)])
+    for start in range(0, n, step):
+        part = blocks[:, start : start + step].transpose(0, 1)
+        own = torch.bmm(part, part.transpose(1, 2), out=squares[: len(part)])
         torch.index_select(own.flatten(1), 1, where, out=packed[start : start + step])
     return packed.mul_(scale)

@@ -154,5 +154,8 @@ def bin_edge(at: int, dtype: Any) -> float:
     edge = np.array(bits, np.int32).view(np.float32)[()]
     if np.isnan(edge):
         return -np.inf
+    if dtype.itemsize <= 4:
+        return float(edge)
     # A double that rounds to this float may lie below it.
-    return float(np.nextafter(edge, np.float32(-np.inf)) if dtype.itemsize > 4 else edge)
+    with np.errstate(over="ignore"):
+        return float(np.nextafter(edge, np.float32(-np.inf)))

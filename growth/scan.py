@@ -33,6 +33,8 @@ TILE_ROWS, TILE_COLS = 256, 1024
 _ALIGN = 16
 # Tiles that share one threshold, so that the result does not depend on which thread is faster.
 _LARGEST_WAVE = 16
+# Tiles that are handed to a thread at a time.
+_HANDED = 4
 
 
 # Of a product in bfloat16, relative to the norms: both factors and the result are rounded to eight
@@ -40,6 +42,8 @@ _LARGEST_WAVE = 16
 _HALF_ERROR = 3.1 * 2.0**-8
 # Where that is small, for what bfloat16 cannot hold at all: its smallest normal number.
 _HALF_SMALLEST = 2.0**-126
+# Share of a tile's entries above which the active ones are marked in it.
+_MARKED_SHARE = 1 / 16
 # What a single product costs, as a multiple of one in a tile.
 _SINGLE_COST = 32
 
@@ -158,6 +162,9 @@ class _Scan:
         self.slack = 1e-6 + 2 * x.shape[0] * torch.finfo(x.dtype).eps
         self.cols, self.col_norms, self.x = _sorted_by_norm(x, TILE_COLS)
         self.rows, self.row_norms, self.dz = _sorted_by_norm(dz, TILE_ROWS)
+        # Where each column stands in their order.
+        self.place = np.empty_like(self.cols)
+        self.place[self.cols] = np.arange(self.cols.size)
         self.halves: tuple[list[Tensor], list[Tensor]] | None = None
         if half:
             self.halves = [t.bfloat16() for t in self.dz], [t.bfloat16() for t in self.x]
@@ -174,22 +181,25 @@ class _Scan:
             while True:
                 going_on = at < visit.size and not bounds[at] < self.top.threshold
                 if going_on:
-                    threshold, tiles = self.top.threshold, visit[at : at + wave]
-                    running.append([submit(self._tile, int(tile), threshold) for tile in tiles])
+                    threshold, tiles = self.top.threshold, visit[at : at + wave].tolist()
+                    parts = [tiles[k : k + _HANDED] for k in range(0, len(tiles), _HANDED)]
+                    running.append([submit(self._tiles, part, threshold) for part in parts])
                     at += wave
                 elif not running:
                     break
                 # The first tiles raise the threshold the most, and are waited for.
                 if len(running) == 2 or wave < _LARGEST_WAVE or not going_on:
                     computed += self._merge(running.popleft())
-                    wave = min(2 * wave, _LARGEST_WAVE)
+                    # Without a threshold, all of a tile is kept.
+                    if self.top.threshold > -np.inf:
+                        wave = min(2 * wave, _LARGEST_WAVE)
         return Scanned(2 * self.depth * computed, computed / (self.rows.size * self.cols.size))
 
     def _merge(self, wave: list[Future[_Found]]) -> int:
         """Offer what a wave found; the number of pairs that were computed."""
-        keys, scores, computed = zip(*(future.result() for future in wave), strict=True)
-        self.top.offer(np.concatenate(keys), np.concatenate(scores))
-        return sum(computed)
+        keys, scores, computed = _joined([future.result() for future in wave])
+        self.top.offer(keys, scores)
+        return computed
 
     def _tile_bounds(self) -> Floats:
         """(tiles of rows, tiles of columns): what no score in it exceeds."""
@@ -199,6 +209,9 @@ class _Scan:
             bounds = self.metric.bounds(low[:, None], high[:, None], lows, highs, self.slack)
         # Norms beyond the range of numbers tell nothing.
         return np.where(np.isnan(bounds), np.inf, bounds)
+
+    def _tiles(self, numbers: list[int], threshold: float) -> _Found:
+        return _joined([self._tile(number, threshold) for number in numbers])
 
     def _tile(self, number: int, threshold: float) -> _Found:
         i, j = divmod(number, len(self.x))
@@ -226,8 +239,27 @@ class _Scan:
             row, col, found = row[enough], col[enough], scores[enough]
         keys = self.rows[i * TILE_ROWS + rows.start :][row] * self.n_cols
         keys += self.cols[j * TILE_COLS + cols.start :][col]
-        free = self.active.absent(keys)
+        if keys.size > _MARKED_SHARE * m * n:
+            free = self._unmarked(i, j, rows, cols, row, col)
+        else:
+            free = self.active.absent(keys)
         return (keys, found, m * n) if free is None else (keys[free], found[free], m * n)
+
+    def _unmarked(
+        self, i: int, j: int, rows: slice, cols: slice, row: Keys, col: Keys
+    ) -> NDArray[np.int64] | None:
+        """Positions of the entries of a tile that are not active; None: all of them. Where they
+        are many, the active ones are marked in the tile, rather than asked for one by one."""
+        at, active = self.active.in_rows(self.rows[i * TILE_ROWS :][rows], self.n_cols)
+        if not active.size:
+            return None
+        m, n = rows.stop - rows.start, cols.stop - cols.start
+        place = self.place[active] - (j * TILE_COLS + cols.start)
+        inside = (place >= 0) & (place < n)
+        _, mask = self._buffers(m, n)
+        mask[:] = False
+        mask[at[inside], place[inside]] = True
+        return np.flatnonzero(~mask[row, col])
 
     def _reaching(
         self, dz: Tensor, x: Tensor, threshold: float
@@ -275,6 +307,11 @@ class _Scan:
             self.local.tile = torch.empty(TILE_ROWS * TILE_COLS, dtype=self.x[0].dtype)
             self.local.mask = np.empty(TILE_ROWS * TILE_COLS, bool)
         return self.local.tile[: m * n].view(m, n), self.local.mask[: m * n].reshape(m, n)
+
+
+def _joined(found: list[_Found]) -> _Found:
+    keys, scores, computed = zip(*found, strict=True)
+    return np.concatenate(keys), np.concatenate(scores), sum(computed)
 
 
 def _ends(norms: Floats, step: int) -> tuple[Floats, Floats]:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,17 @@ def _queries(draw: st.DrawFn) -> tuple[Tensor, Tensor, np.ndarray, int, str]:
 
 def _small_tiles(patch: pytest.MonkeyPatch) -> None:
     """Many tiles, waves and compactions on few neurons."""
-    for name, value in (("TILE_ROWS", 4), ("TILE_COLS", 7), ("_ALIGN", 2), ("_SINGLE_COST", 2)):
+    for name, value in (
+        ("TILE_ROWS", 4),
+        ("TILE_COLS", 7),
+        ("_ALIGN", 2),
+        ("_SINGLE_COST", 2),
+        ("_MARKED_SHARE", 0.3),
+    ):
         patch.setattr(growth.scan, name, value)
 
 
-@settings(max_examples=1500, deadline=None, derandomize=True)
+@settings(max_examples=800, deadline=None, derandomize=True)
 @given(_queries(), st.sampled_from(["float32", "bfloat16"]), st.sampled_from([0, 5, 1000]))
 def test_scan_equals_brute_force(
     query: tuple[Tensor, Tensor, np.ndarray, int, str], screen: str, slack: int
@@ -187,10 +194,175 @@ def test_norms() -> None:
     )
 
 
+def test_bfloat16_at_its_worst_rounding() -> None:
+    """Both factors and the product lose half a unit in the last of eight bits, all downwards: the
+    best 22000 products look smaller than the 400 000 of the heavy neurons that they exceed."""
+    samples, value = 505, 1 + 2.0**-8
+    best = samples * value**2
+    x, dz = torch.zeros(samples + 2, 2124), torch.zeros(samples + 2, 420)
+    x[:samples, 1024:] = dz[:samples, 400:] = value
+    dz[samples, :400], x[samples, :1024] = 32, best * 0.999 / 32
+    x[samples + 1, :1024] = 2000  # a long vector, and orthogonal to all
+    for screen in ("float32", "bfloat16"):
+        top = RunningTop(22_000)
+        scan(x, dz, top, ActiveKeys(NONE, 420 * 2124, 0), "abs-ip", screen)
+        keys, scores = top.result()
+        np.testing.assert_allclose(scores, best, rtol=1e-6)
+        assert (keys // 2124 >= 400).all() and (keys % 2124 >= 1024).all()
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-38, 1.0])
+def test_bfloat16_of_tiny_numbers(scale: float) -> None:
+    """Of which it holds fewer bits than of others, or none."""
+    x, dz = _synthetic(1100, 24, 7) * scale / 100, _synthetic(1000, 24, 8)
+    none = torch.empty(0, dtype=torch.int64)
+    wanted = Exact(screen="float32")((x, dz), 3000, none)
+    found = Exact(screen="bfloat16")((x, dz), 3000, none)
+    # A handful of bits are left in float32, too: its rounding decides between neighbours.
+    scores = (dz.double().T @ x.double()).abs()
+    least = scores[wanted.row, wanted.col].min()
+    rounding = 2.0**-149 * 24 * (1 + dz.abs().max()) + 1e-6 * least
+    assert (scores[found.row, found.col] >= least - rounding).all()
+    assert (found.score.double() >= least - rounding).all()
+
+
+def test_bfloat16_of_numbers_that_it_rounds_to_infinity() -> None:
+    """Which times zero are no number."""
+    x, dz = _synthetic(1100, 24, 7), _synthetic(1000, 24, 8)
+    x[:12], dz[:12] = 3.4e38, 0
+    none = torch.empty(0, dtype=torch.int64)
+    wanted = Exact(screen="float32")((x, dz), 3000, none)
+    found = Exact(screen="bfloat16")((x, dz), 3000, none)
+    assert torch.equal(found.row, wanted.row) and torch.equal(found.col, wanted.col)
+    assert (found.score > 0).all()
+
+
+@pytest.mark.parametrize("screen", ["float32", "bfloat16"])
+def test_products_that_are_no_numbers(screen: str) -> None:
+    """Infinite products are the best; inf - inf is never chosen, and so many as asked for are."""
+    x, dz = torch.ones(2, 1100), torch.ones(2, 1000)
+    x[:, :300] = 1e30
+    dz[:, :200] = torch.tensor([[1e30], [-1e30]])  # with the first columns no number, or infinite
+    dz[:, 200:210] = 1e30  # with the first columns infinite
+    found = Exact(screen=screen)((x, dz), 64_000, torch.empty(0, dtype=torch.int64))
+    keys = found.row * 1100 + found.col
+    assert keys.unique().numel() == 64_000 and not found.score.isnan().any()
+    certain = (torch.arange(200, 210)[:, None] * 1100 + torch.arange(300)).flatten()
+    assert torch.isin(certain, keys).all()
+    infinite = found.score.isinf()
+    assert (found.row[infinite] < 210).all() and (found.col[infinite] < 300).all()
+    assert (found.score[~infinite] == 2e30).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("n_in", "n_out"), [(1025, 513), (3333, 257), (259, 2050)])
+def test_doubles_of_any_layout_and_ragged_tiles(metric: str, n_in: int, n_out: int) -> None:
+    x, dz = _synthetic(n_in, 12, 9).double(), _synthetic(n_out, 12, 10).double()
+    x[0, 0] = 1 + 2.0**-40  # nothing a float holds
+    strided = x.T.contiguous().T, torch.cat([dz, dz], 1)[:, n_out:]
+    active = torch.arange(0, n_in * n_out, 5)
+    found = Exact(metric)(strided, 1000, active)
+    assert found.report["computed"] < 1 or metric == "l2"
+    scores = dz.T @ x
+    if metric == "l2":
+        scores = 2 * scores - x.square().sum(0) - dz.square().sum(0)[:, None]
+    scores = (scores.abs() if metric == "abs-ip" else scores).flatten()
+    torch.testing.assert_close(found.score, scores[found.row * n_in + found.col])
+    scores[active] = -torch.inf
+    wanted = scores.topk(1000).indices.sort().values
+    assert torch.equal(found.row * n_in + found.col, wanted)
+
+
+def test_nothing_wanted_is_nothing_computed() -> None:
+    found = Exact()(
+        (torch.ones(4, 1024), torch.ones(4, 1024)), 0, torch.empty(0, dtype=torch.int64)
+    )
+    assert found.row.numel() == 0 and found.flops == 0 and found.report["computed"] == 0
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_inside_a_tile_is_raised_and_threads_are_as_before(
+    monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    calls = []
+
+    def broken(self: object, *tile: object) -> None:
+        calls.append(torch.get_num_threads())
+        if len(calls) > 2:
+            raise MemoryError("no room")
+
+    monkeypatch.setattr(growth.scan._Scan, "_unmarked", broken)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(MemoryError, match="no room"):
+            Exact()((torch.ones(4, 4096), torch.ones(4, 1024)), 10, torch.arange(5))
+        assert torch.get_num_threads() == threads
+        # Of a thread that begins now, too.
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert set(calls) == {1}  # each tile is one thread's
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist, growth
+from dst.distributed import ReducedPairs
+
+rank, store = int(sys.argv[1]), dist.FileStore(sys.argv[2], 2)
+torch.set_num_threads(1 + rank)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+g = torch.Generator().manual_seed(0)
+shared = torch.randn(64, 8, generator=g)
+x, dz = (
+    (shared @ torch.randn(8, n, generator=g) + 0.1 * torch.randn(64, n, generator=g))
+    * torch.randn(n, generator=g).exp()
+    for n in (1100, 1000)
+)
+active = torch.arange(0, 1_100_000, 9)
+own = slice(32 * rank, 32 * (rank + 1))
+for name in ("exact", "dense", "lowrank", "auto"):
+    search = growth.STRATEGIES[name]()
+    # The loss is the mean over a worker's batch, so that its gradients are larger.
+    pairs = ReducedPairs(growth.LinearPairs(x[own], 2 * dz[own]))
+    found = search(pairs, 2000, active, generator=torch.Generator().manual_seed(1))
+    whole = search((x, dz), 2000, active, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(found.row, whole.row) and torch.equal(found.col, whole.col), name
+    torch.testing.assert_close(found.score, whole.score)
+    assert found.state == whole.state, name
+dist.destroy_process_group()
+print("equal")
+"""
+
+
+def test_two_workers_search_as_one(tmp_path: Path) -> None:
+    """On different numbers of threads."""
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store")],
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for worker in workers:
+            out, error = worker.communicate(timeout=120)
+            assert worker.returncode == 0, error
+            assert out.strip() == "equal"
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
 # The running top-K.
 
 
-@settings(max_examples=1500, deadline=None, derandomize=True)
+@settings(max_examples=800, deadline=None, derandomize=True)
 @given(
     st.lists(
         st.integers(-3, 3) | st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=120
@@ -219,6 +391,31 @@ def test_running_top_equals_sorting(
     assert found.tolist() == sorted(keys[best].tolist())
     assert its_scores.tolist() == [float(values[keys == key][0]) for key in found]
     assert count == 0 or top.threshold <= values[best].min()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_running_top_of_numbers_at_the_ends_of_their_range(dtype: Any) -> None:
+    """Subnormal and infinite ones, zeros of either sign, and doubles beyond any float32."""
+    values = np.array([np.inf, -0.0, 0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, 1e-39, 1.0], dtype)
+    if dtype == np.float64:
+        values = np.concatenate([values, [1e300, 2e300, -1e300, 1e-300, 5e-324]])
+    values = np.tile(values, 40)
+    keys = np.random.default_rng(0).permutation(values.size)
+    for count in range(0, values.size, 17):
+        top = RunningTop(count, dtype, slack=3)
+        for start in range(0, values.size, 11):
+            top.offer(keys[start : start + 11], values[start : start + 11])
+        found, scores = top.result()
+        best = np.lexsort((keys, -values))[:count]
+        assert found.tolist() == sorted(keys[best].tolist())
+        assert sorted(scores) == sorted(values[best])
+
+
+def test_running_top_never_takes_minus_infinity() -> None:
+    top = RunningTop(3)
+    top.offer(np.arange(5), np.array([1, -np.inf, 2, -np.inf, -np.inf], np.float32))
+    with pytest.raises(growth.InputError, match="only 2 of 3 connections have a finite score"):
+        top.result()
 
 
 def test_select_best_by_hand() -> None:

@@ -42,7 +42,7 @@ NS_OF_DECOMPOSITION = 1.2e7
 # A bitmap of active connections, per bit and per active one; a search among sorted keys.
 NS_PER_BIT, NS_PER_SET_BIT, NS_PER_LOOKUP = 0.25, 8.0, 100.0
 # Beyond it the search's own memory would no longer be small.
-LARGEST_BITMAP_BYTES = 32 << 20
+LARGEST_BITMAP_BYTES = 16 << 20
 # From this many pairs on, what spares products costs less than it saves.
 LEAST_SCANNED_PAIRS = 1 << 19
 # Candidates are rescored one by one: above this share of all pairs, tiles are the cheaper.
