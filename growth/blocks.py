@@ -10,6 +10,7 @@ from torch import Tensor
 
 from growth.connections import Connections, Grid
 from growth.dense import connections, stream
+from growth.gram import left_out
 from growth.pairs import Pairs
 from growth.running_top import Floats, Keys, RunningTop, select_best
 from growth.scan import column_norms
@@ -80,8 +81,15 @@ class BlockScreen:
         return max(16, self.grid.n_rows // 20)
 
     def row_norms(self) -> Floats:
-        norms = F.pad(torch.from_numpy(column_norms(self.dz)), (0, self._padding()))
-        return norms.view(self.grid.n_rows, -1).norm(dim=1).numpy()
+        return self._of_rows(torch.from_numpy(column_norms(self.dz)))
+
+    def left_out(self, right: Tensor, left: Tensor) -> Floats:
+        return self._of_rows(left_out(self.x, self.dz, right, left).double())
+
+    def _of_rows(self, norms: Tensor) -> Floats:
+        """Norms (n_out,) -> those of block rows."""
+        padded = F.pad(norms, (0, self._padding()))
+        return padded.view(self.grid.n_rows, -1).norm(dim=1).numpy()
 
     def scores(self, rows: NDArray[np.int64]) -> Floats:
         step = max(1, _TABLE_FLOATS // (self.grid.block[0] * self.x.shape[1]))

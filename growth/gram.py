@@ -39,6 +39,15 @@ def gram_factors(x: Tensor, dz: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return right, left
 
 
+def left_out(x: Tensor, dz: Tensor, right: Tensor, left: Tensor) -> Tensor:
+    """Norms of the rows of dz^T x - left^T right, for factors from ``gram_factors``: (n_out,). Zero
+    where squares leave the range of numbers."""
+    with one_thread():
+        whole = ((x @ x.T @ dz) * dz).sum(0)
+        within = (left.square() * right.square().sum(1, keepdim=True)).sum(0)
+    return (whole - within).nan_to_num_(0, 0, 0).clamp_min_(0).sqrt_()
+
+
 def _gram(vectors: Tensor) -> tuple[Tensor, float]:
     """In float64, of the vectors divided by a scale, so that no square leaves the range; 1 where
     they are in it anyway."""

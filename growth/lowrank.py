@@ -15,7 +15,7 @@ from growth.blocks import BlockScreen
 from growth.connections import Block, Connections, Grid, check_query
 from growth.errors import InputError
 from growth.exact import Exact
-from growth.gram import gram_factors
+from growth.gram import gram_factors, left_out
 from growth.pairs import Pairs, as_pairs
 from growth.recall import RecallSample
 from growth.running_top import Floats, Keys, RunningTop, select_best
@@ -38,13 +38,14 @@ class LowRank:
 
     G is approximated by its largest singular values, found without forming it; the norm-ordered
     scan in ``rank`` dimensions yields twice ``count`` candidates, and their exact products decide.
-    Some rows, drawn by what they may hold, are computed whole: before the scan, to choose the
-    smallest rank that will do, from ``rank`` to four times it; and after it, to estimate the recall
-    that was reached, the share of the exact best that was found. Where that is below the promise,
-    less two standard errors, the next rank is tried, and then the exact search. On vectors without
-    structure, where no rank will do, this is seen before anything is scanned; where the sample
-    holds too few of the best to tell, the search is exact as well. So the promise holds on any
-    input, to the precision of a sample.
+    Some rows, drawn by what they may hold and by what the factors miss of them, are computed whole:
+    before the scan, to choose the smallest rank that will do, from ``rank`` to four times it; and
+    after it, to estimate the recall that was reached, the share of the exact best that was found.
+    Where that is below the promise, less two standard errors, the next rank is tried, and then the
+    exact search. On vectors without structure, where no rank will do, this is seen before anything
+    is scanned; where the sample holds too few of the best to tell, the search is exact as well. So
+    the promise holds on any input, to the precision of a sample: of the worst that was tried, a few
+    clusters of vectors, one search in a hundred missed it, by one hundredth.
 
     Blocks are screened by the Frobenius norms that the factors give them (``growth.blocks``).
     ``report`` says ``rank`` (0: exact search), the ``promise``, and the ``recall`` as estimated.
@@ -108,18 +109,26 @@ class LowRank:
         """What was found, None where no rank keeps the promise, and the FLOPs until then."""
         taken, depth = active.numpy(), len(screen.x)
         ranks = sorted({int(self.rank * k) for k in STEPS if 2 * self.rank * k <= depth})
-        sample, flops = None, 0
-        if self.recall:
-            sample = RecallSample(
-                screen.row_norms(), screen.sampled_rows, taken, count, screen.scores, generator
-            )
-            flops = screen.flops_of_rows(sample.rows.size)
-            if sample.evidence < _LEAST_EVIDENCE:
-                return None, flops
-        else:
+        if not self.recall:
             ranks = ranks[:1]
         right, left = gram_factors(screen.x, screen.dz, ranks[-1])
-        flops += 2 * depth * (depth + ranks[-1]) * (screen.x.shape[1] + screen.dz.shape[1])
+        flops = 2 * depth * (depth + ranks[-1]) * (screen.x.shape[1] + screen.dz.shape[1])
+        sample = None
+        if self.recall:
+            # What the first rank leaves out, and not what the last does: each of them is tried.
+            missed = screen.left_out(right[: ranks[0]], left[: ranks[0]])
+            sample = RecallSample(
+                screen.row_norms(),
+                screen.sampled_rows,
+                taken,
+                count,
+                screen.scores,
+                generator,
+                missed,
+            )
+            flops += screen.flops_of_rows(sample.rows.size) + 2 * depth**2 * screen.dz.shape[1]
+            if sample.evidence < _LEAST_EVIDENCE:
+                return None, flops
 
         def will_do(rank: int) -> bool:
             if sample is None:
@@ -168,6 +177,10 @@ class Screen(Protocol):
         """Of the vectors of each row of the grid."""
         ...
 
+    def left_out(self, right: Tensor, left: Tensor) -> Floats:
+        """Norms of what factors leave out of each row of the grid."""
+        ...
+
     def scores(self, rows: NDArray[np.int64]) -> Floats:
         """(rows, n_cols)."""
         ...
@@ -201,6 +214,9 @@ class EntryScreen:
 
     def row_norms(self) -> Floats:
         return column_norms(self.dz)
+
+    def left_out(self, right: Tensor, left: Tensor) -> Floats:
+        return left_out(self.x, self.dz, right, left).double().numpy()
 
     def scores(self, rows: NDArray[np.int64]) -> Floats:
         return self.approximate_scores(self.x, self.dz, rows)

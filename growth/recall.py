@@ -34,12 +34,14 @@ class RecallSample:
     """Some rows of scores, computed whole.
 
     Rows of long vectors, which hold the most of the best, are drawn the more often and stand for
-    the fewer (Horvitz & Thompson 1952); they are drawn systematically in the order of their norms,
-    so that every kind of row is there in its share.
+    the fewer (Horvitz & Thompson 1952), and so are rows that an approximation misses; they are
+    drawn systematically in the order of their norms, so that every kind of row is there in its
+    share.
 
     norms: (n_rows,) of the rows' vectors. rows: how many are drawn. active: sorted keys. count: how
     many are searched. score: rows, ascending -> their scores (rows, n_cols), none negative.
-    generator: of the draw; None: a seed of its own. threshold: what about ``count`` of all reach.
+    generator: of the draw; None: a seed of its own. missed: (n_rows,) norms of what an
+    approximation leaves out of each row. threshold: what about ``count`` of all reach.
     """
 
     def __init__(
@@ -50,11 +52,14 @@ class RecallSample:
         count: int,
         score: Callable[[NDArray[np.int64]], Floats],
         generator: torch.Generator | None = None,
+        missed: Floats | None = None,
     ) -> None:
-        # Of scaled norms, so that no square leaves the range; any rows will do where all are zero.
-        largest = norms.max()
-        squares = (norms / largest) ** 2 if largest else np.ones_like(norms)
-        chances = _chances(squares + _FLOOR * squares.mean(), min(rows, squares.size))
+        squares = _shares(norms)
+        sizes = squares + _FLOOR * squares.mean()
+        if missed is not None:
+            # A few rows may hold most of it, in a direction that all others lack.
+            sizes += _shares(missed)
+        chances = _chances(sizes, min(rows, squares.size))
         start = float(torch.rand((), generator=generator or torch.Generator().manual_seed(0)))
         self.count = count
         self.rows = _draw(chances, np.argsort(-squares, kind="stable"), start)
@@ -129,6 +134,14 @@ class RecallSample:
         if above[-1] < count:
             return least
         return max(least, bin_edge(BINS - 1 - int(above.searchsorted(count)), scores.dtype))
+
+
+def _shares(norms: Floats) -> Floats:
+    """Squares, of a mean of 1; all alike where all are zero."""
+    # Of scaled norms, so that no square leaves the range.
+    largest = norms.max()
+    squares = (norms / largest) ** 2 if largest else np.ones_like(norms)
+    return squares / squares.mean()
 
 
 def _chances(sizes: Floats, count: int) -> Floats:
