@@ -33,14 +33,14 @@ def choose_linear(
 
 # The searches of growth, in nanoseconds on one core, from benchmarks/growth.py. They choose between
 # ways to the same result, so that only their ratios matter.
-NS_PER_FLOP = 0.01  # of a product of large tiles
-NS_PER_SCORE = 0.4  # to compare an entry of a tile with the threshold
-NS_PER_CANDIDATE = 120.0  # to hold, sort and merge what reached it
-NS_PER_RESCORED, NS_PER_RESCORED_FLOP = 20.0, 0.4  # a single entry, by its two vectors
-NS_PER_SORTED = 300.0  # a vector, by its norm
-NS_OF_DECOMPOSITION = 1.2e7
+NS_PER_FLOP = 0.0083  # of a product of large tiles
+NS_PER_SCORE = 0.5  # to compare an entry of a tile with the threshold
+NS_PER_CANDIDATE = 250.0  # to hold, sort and merge what reached it
+NS_PER_RESCORED, NS_PER_RESCORED_FLOP = 4.0, 0.77  # a single entry, by its two vectors
+NS_PER_SORTED = 180.0  # a vector, by its norm
+NS_OF_DECOMPOSITION = 6e6
 # A bitmap of active connections, per bit and per active one; a search among sorted keys.
-NS_PER_BIT, NS_PER_SET_BIT, NS_PER_LOOKUP = 0.25, 8.0, 100.0
+NS_PER_BIT, NS_PER_SET_BIT, NS_PER_LOOKUP = 0.1, 9.0, 110.0
 # Beyond it the search's own memory would no longer be small.
 LARGEST_BITMAP_BYTES = 16 << 20
 # From this many pairs on, what spares products costs less than it saves.
@@ -48,7 +48,7 @@ LEAST_SCANNED_PAIRS = 1 << 19
 # Candidates are rescored one by one: above this share of all pairs, tiles are the cheaper.
 LARGEST_RESCORED_SHARE = 0.04
 # A FLOP through Gram matrices costs this many in a plain tile, packing and rescoring included.
-GRAM_OVERHEAD = 1.5
+GRAM_OVERHEAD = 3.0
 # Gram matrices, all held at once, take no more floats than this, or than half of what G would.
 LARGEST_GRAM_FLOATS = 8 << 20
 
