@@ -21,8 +21,7 @@ FURTHER = {
 class Group(NamedTuple):
     """Runs that are compared with each other.
 
-    flags: of train.py, common to all. variants: what differs, by name. seeds: how many. once:
-    variants of which the first seed is enough.
+    flags: of train.py, common to all. variants: what differs, by name. seeds: how many.
     """
 
     name: str
@@ -30,7 +29,6 @@ class Group(NamedTuple):
     flags: tuple[str, ...]
     variants: dict[str, tuple[str, ...]]
     seeds: int
-    once: tuple[str, ...] = ()
 
 
 class Job(NamedTuple):
@@ -213,8 +211,6 @@ GROUPS = {
             (*_MNIST, "--density=0.1", "--update-interval=100", "--update-fraction=0.3"),
             _strategies(),
             seeds=5,
-            # They take the same way as exact at this width: one run shows that it is the same.
-            once=("dense", "auto", "blocks", "lowrank", "pool"),
         ),
         Group(
             "alexnet-small-mnist-5k",
@@ -243,5 +239,4 @@ def jobs(groups: list[str]) -> list[Job]:
         for name in groups
         for seed in range(GROUPS[name].seeds)
         for variant, flags in GROUPS[name].variants.items()
-        if seed == 0 or variant not in GROUPS[name].once
     ]
