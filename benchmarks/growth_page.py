@@ -69,6 +69,9 @@ FAMILIES = (
 def write(results: Path, docs: Path = DOCS) -> None:
     """Bring the page up to what lies in ``results``."""
     rows = {name: _rows(results / f"{name}.csv") for name in FILES}
+    states = {row["code"] for row in rows["growth"]}
+    if len(states) > 1:
+        print(f"rows of {len(states)} states of growth/: without --only page all are of one")
     (docs / "images").mkdir(exist_ok=True)
     page = docs / "growth.md"
     text = page.read_text()

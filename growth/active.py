@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from growth.running_top import sort_keys
 from triton_kernels.costs import active_bitmap_pays
 
 Keys = NDArray[np.int64]
@@ -35,8 +36,7 @@ class ActiveKeys:
         if self._bits is not None:
             return np.flatnonzero((self._bits[keys >> 3] >> (keys & 7).astype(np.uint8)) & 1 == 0)
         # Searches that follow each other touch the same memory: several times as fast.
-        order = np.argsort(keys)
-        wanted = keys[order]
+        wanted, order = sort_keys(keys)
         at = self._keys.searchsorted(wanted)
         at[at == self._keys.size] = 0
         return order[self._keys[at] != wanted]

