@@ -87,7 +87,7 @@ class SparsityConfig:
     skip: str = "auto"
     """Layers kept dense: names, patterns, first, last; none; auto (first if uniform)."""
     init: Annotated[str, arg(help=f"Initial weights: {_names(INITS)}.")] = "sparse-aware"
-    compute: Annotated[str, arg(help=f"Sparse linear products: {_names(COMPUTE)}.")] = "auto"
+    compute: Annotated[str, arg(help=f"Sparse products: {_names(COMPUTE)}.")] = "auto"
 
 
 @dataclass(frozen=True)
@@ -316,6 +316,8 @@ class RunConfig:
     """auto, cpu, cuda or cuda:N."""
     threads: Annotated[int | None, _open("PyTorch's own", "INT")] = None
     """CPU threads."""
+    verbose: bool = False
+    """Say how the products of each sparse layer are computed."""
     checkpoint_interval: str = "1ep"
     """Steps between checkpoints, or epochs as in 1ep."""
     wandb: Annotated[

@@ -34,7 +34,6 @@ from dst.ramp import DensityRamp
 from dst.seeding import generator
 from growth import Grid, InputError
 from growth.connections import Block
-from triton_kernels import choose_linear
 
 INITS = ("sparse-aware", "keep")
 
@@ -155,13 +154,7 @@ def sparsify(
         except InputError as error:
             where = f"layer {name!r}" + (", in each head" if groups[name] > 1 else "")
             raise InputError(f"{where}: {error}") from None
-        how = compute
-        if how == "auto" and isinstance(layer, nn.Linear):
-            # At the end of a ramp, where most of a run is spent.
-            weight = layer.weight
-            size = weight.numel() * weight.element_size()
-            how = choose_linear(later[name], block, size, weight.device.type)
-        replacements[layer] = _sparse_twin(layer, keys, block, groups[name], how, init)
+        replacements[layer] = _sparse_twin(layer, keys, block, groups[name], compute, init)
     attentions = {
         closed: attention
         for closed, attention in opened.items()
@@ -403,6 +396,7 @@ def _sparse_twin(
             bias=bias,
             keys=keys,
             block=block,
+            compute=compute,
             generator=scratch,
             device=weight.device,
             dtype=weight.dtype,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,21 @@ from dst.topology import Change, Topology
 from growth import Grid, InputError
 from growth.connections import Block
 from growth.sampling import sample_distinct
-from triton_kernels import COMPUTE, choose_linear, gather, scatter, sparse_conv2d, sparse_linear
+from triton_kernels import COMPUTE, costs, gather, scatter, sparse_conv2d, sparse_linear
+from triton_kernels.conv_cpu import Geometry
+
+# Share of the alive blocks by which they must have changed for another choice.
+_CHANGED = 0.1
+
+
+class Choice(NamedTuple):
+    """What ``auto`` chose, for how many alive blocks, and for a product of how many rows: see
+    ``costs.Layer``."""
+
+    way: str
+    alive: int
+    rows: int
+    padded: int
 
 
 class SparseLayer(nn.Module):
@@ -23,6 +37,9 @@ class SparseLayer(nn.Module):
     that slot. Free slots and the padding of edge blocks are zero and get no gradient.
     row_groups: the outputs are so many equal groups of rows, each drawn and updated with a budget
     of its own, such as the query, key and value rows of every attention head; 1 for most layers.
+    compute: ``dense`` scatters the weight for each product, ``sparse`` never does, ``auto`` picks
+    the cheaper by its first input, and again when the density has changed by a tenth. A convolution
+    of single weights is scattered in any case.
     """
 
     values: nn.Parameter
@@ -31,6 +48,8 @@ class SparseLayer(nn.Module):
     # What growth.record takes it for.
     records_as: str
     row_groups: int = 1
+    compute: str
+    chosen: Choice | None = None
 
     def _build(
         self,
@@ -38,10 +57,14 @@ class SparseLayer(nn.Module):
         density: float,
         keys: Tensor | None,
         bias: bool,
+        compute: str,
         generator: torch.Generator | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
+        if compute not in COMPUTE:
+            raise InputError(f"compute {compute!r} is unknown: choose {', '.join(COMPUTE)}")
+        self.compute = compute
         group = group_grid(grid, self.row_groups)
         if keys is None:
             keys = draw_keys(group, self.row_groups, density, generator)
@@ -93,6 +116,32 @@ class SparseLayer(nn.Module):
     def alive(self) -> int:
         """Number of alive weights, exactly: the padding of edge blocks does not count."""
         return int(self.topology.sizes().sum())
+
+    def _rows(self, input: Tensor) -> tuple[int, int]:
+        """Rows of the product of this input, and with what a sparse product drops."""
+        raise NotImplementedError
+
+    def cost(self, rows: int, padded: int) -> costs.Layer:
+        """What a training step of so many rows has to compute."""
+        grid, values = self.topology.grid, self.values
+        taps = grid.taps
+        return costs.Layer(
+            *(grid.n_out, taps * grid.channels, taps, grid.block, self.topology.alive),
+            *(rows, padded, values.element_size(), values.device.type),
+        )
+
+    def _way(self, input: Tensor) -> str:
+        """How this input's products are computed."""
+        if self.compute != "auto":
+            return self.compute
+        alive, chosen = self.topology.alive, self.chosen
+        if chosen is None or abs(alive - chosen.alive) > _CHANGED * chosen.alive:
+            rows, padded = self._rows(input)
+            chosen = Choice(costs.choose(self.cost(rows, padded)), alive, rows, padded)
+            # An input that is not trained on, such as a single example, decides for itself alone.
+            if self.training and torch.is_grad_enabled():
+                self.chosen = chosen
+        return chosen.way
 
     @property
     def density(self) -> float:
@@ -174,8 +223,7 @@ class SparseLinear(SparseLayer):
 
     density: share of the blocks alive at first, chosen uniformly with ``generator``; or keys: the
     alive blocks as row * n_cols + col. block: (outputs, inputs) of a block. row_groups: see
-    :class:`SparseLayer`; every group must be whole blocks. compute: ``dense`` scatters the weight
-    for each product, ``sparse`` never does, ``auto`` picks the cheaper once.
+    :class:`SparseLayer`; every group must be whole blocks. compute: see there.
     """
 
     records_as = "linear"
@@ -196,21 +244,18 @@ class SparseLinear(SparseLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if compute not in COMPUTE:
-            raise InputError(f"compute {compute!r} is unknown: choose {', '.join(COMPUTE)}")
         self.in_features, self.out_features = in_features, out_features
         self.row_groups = row_groups
         grid = Grid.of(out_features, in_features, 1, block)
-        self._build(grid, density, keys, bias, generator, device, dtype)
-        if compute == "auto":
-            size = self.total * self.values.element_size()
-            compute = choose_linear(self.density, block, size, self.values.device.type)
-        self.compute = compute
+        self._build(grid, density, keys, bias, compute, generator, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        return sparse_linear(
-            input, self.values, self.topology.layout, self.bias, compute=self.compute
-        )
+        way = self._way(input)
+        return sparse_linear(input, self.values, self.topology.layout, self.bias, compute=way)
+
+    def _rows(self, input: Tensor) -> tuple[int, int]:
+        rows = input.numel() // max(1, input.shape[-1])
+        return rows, rows
 
     def _to_columns(self, weight: Tensor) -> Tensor:
         return weight.unsqueeze(1)
@@ -250,6 +295,7 @@ class SparseConv2d(SparseLayer):
         density: float = 0.1,
         keys: Tensor | None = None,
         block: Block = (1, 1),
+        compute: str = "auto",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -267,7 +313,7 @@ class SparseConv2d(SparseLayer):
         self.padding = self._resolve_padding(padding)
         taps = self.kernel_size[0] * self.kernel_size[1]
         grid = Grid.of(out_channels, in_channels * taps, taps, block)
-        self._build(grid, density, keys, bias, generator, device, dtype)
+        self._build(grid, density, keys, bias, compute, generator, device, dtype)
 
     def _resolve_padding(self, padding: int | tuple[int, int] | str) -> tuple[int, int]:
         if not isinstance(padding, str):
@@ -295,7 +341,21 @@ class SparseConv2d(SparseLayer):
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
+            compute=self._way(input),
         )
+
+    def _rows(self, input: Tensor) -> tuple[int, int]:
+        batch = input.shape[0] if input.dim() == 4 else 1
+        left, right, top, bottom = self._uneven_padding or (0, 0, 0, 0)
+        size = input.shape[-2] + top + bottom, input.shape[-1] + left + right
+        geometry = Geometry.of(
+            (batch, self.in_channels, *size),
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+        )
+        return batch * geometry.out[0] * geometry.out[1], batch * geometry.positions
 
     @property
     def pads_unevenly(self) -> bool:

@@ -88,8 +88,8 @@ def connections(top: RunningTop | None, grid: Grid, pairs: Pairs, flops: int) ->
     # NumPy divides by one number several times as fast as PyTorch.
     row = keys // grid.n_cols
     col = keys - row * grid.n_cols
-    row, col, score = (torch.from_numpy(a).to(pairs.device) for a in (row, col, scores))
-    return Connections(row, col, score, flops)
+    parts = [torch.from_numpy(part).to(pairs.device) for part in (row, col, scores)]
+    return Connections(parts[0], parts[1], parts[2], flops)
 
 
 def _scores(

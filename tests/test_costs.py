@@ -1,39 +1,97 @@
-"""Which way a linear product is computed."""
+"""Which way a product is computed, and how a search is chosen."""
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from dst import SparseLinear
-from triton_kernels import choose_linear, costs
+import pytest
+import torch
+
+from dst import SparseConv2d, SparseLinear
+from dst.computing import how_computed
+from triton_kernels import costs
+
+
+def _layer(density: float, **changes: Any) -> costs.Layer:
+    """2048 x 2048 in blocks of 32, 256 rows, on the CPU."""
+    layer = costs.Layer(2048, 2048, 1, (32, 32), 0, 256, 256, 4, "cpu")._replace(**changes)
+    return layer._replace(alive=round(density * layer.size))
 
 
 @pytest.mark.parametrize(
-    ("density", "block", "dense_bytes", "device", "expected"),
+    ("density", "changes", "expected"),
     [
-        (0.05, (1, 1), 1 << 20, "cpu", "sparse"),
-        (0.3, (1, 1), 1 << 20, "cpu", "dense"),
-        (0.09, (16, 16), 1 << 20, "cpu", "dense"),
-        (0.09, (16, 1), 1 << 20, "cpu", "sparse"),
-        (0.12, (64, 32), 1 << 20, "cpu", "sparse"),
-        (0.05, (1, 1), 1 << 20, "cuda", "dense"),
-        (0.001, (1, 1), 1 << 20, "cuda", "sparse"),
+        (0.1, {}, "sparse"),
+        (0.9, {}, "dense"),
+        (0.05, {"block": (128, 128)}, "sparse"),
+        (0.02, {"block": (1, 1)}, "sparse"),
+        (0.5, {"block": (1, 1)}, "dense"),
+        (0.02, {"block": (1, 1), "taps": 9, "n_in": 9 * 256}, "dense"),  # there is no such product
+        (0.05, {"taps": 9, "n_in": 9 * 256}, "sparse"),
+        (0.1, {"n_out": 32, "n_in": 32}, "dense"),  # too little to save
+        (0.05, {"device": "cuda"}, "dense"),
+        (0.001, {"device": "cuda"}, "sparse"),
     ],
 )
-def test_choice(density, block, dense_bytes, device, expected):
-    assert choose_linear(density, block, dense_bytes, device) == expected
+def test_choice(density: float, changes: dict[str, Any], expected: str) -> None:
+    assert costs.choose(_layer(density, **changes)) == expected
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_a_weight_of_16_gb_is_never_scattered(kind):
-    assert choose_linear(0.9, (1, 1), 65536 * 65536 * 4, kind) == "sparse"
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_weight_of_16_gb_is_never_scattered(device: str) -> None:
+    layer = _layer(0.9, n_out=65536, n_in=65536, block=(1, 1), device=device)
+    assert costs.choose(layer) == "sparse"
 
 
-def test_a_layer_decides_once():
-    layer = SparseLinear(64, 64, density=0.05)
-    assert layer.compute == "sparse"
-    assert SparseLinear(64, 64, density=0.5).compute == "dense"
-    assert SparseLinear(64, 64, density=0.5, compute="sparse").compute == "sparse"
+@pytest.mark.parametrize("block", [(1, 1), (16, 16), (32, 64), (128, 128)])
+def test_break_even_is_where_the_choice_changes(block: tuple[int, int]) -> None:
+    layer = _layer(0.1, block=block)
+    density = costs.break_even(layer)
+    assert 0 < density <= 1
+    alive = round(density * layer.size)
+    assert costs.choose(layer._replace(alive=alive)) == "sparse"
+    assert density == 1 or costs.choose(layer._replace(alive=alive + 1)) == "dense"
+
+
+def test_a_layer_decides_by_its_first_training_input_and_when_its_density_changes() -> None:
+    layer = SparseLinear(512, 512, block=(32, 32), density=0.05)
+    assert layer.compute == "auto" and layer.chosen is None
+    with torch.no_grad():
+        layer(torch.randn(1, 512))
+    layer.eval()(torch.randn(1, 512))
+    assert layer.chosen is None
+    layer.train()(torch.randn(256, 512))
+    first = layer.chosen
+    assert first is not None and first[1:] == (layer.topology.alive, 256, 256)
+    assert first.way == costs.choose(layer.cost(256, 256))
+    layer(torch.randn(1, 512))
+    assert layer.chosen is first
+    dense = SparseLinear(512, 512, block=(32, 32), density=0.9)
+    dense.chosen = first  # as if it had been decided when few blocks were alive
+    dense(torch.randn(256, 512))
+    assert dense.chosen.way == "dense" and dense.chosen.alive == dense.topology.alive
+    asked = SparseLinear(512, 512, block=(32, 32), density=0.9, compute="sparse")
+    asked(torch.randn(256, 512))
+    assert asked.chosen is None
+
+
+def test_a_convolution_counts_what_its_sparse_product_drops() -> None:
+    layer = SparseConv2d(64, 64, 3, stride=2, padding=1, density=0.1, block=(16, 16))
+    layer(torch.randn(4, 64, 9, 8))
+    # Phases of 6 x 5 positions of a padded image of 11 x 10; 5 x 4 of them are outputs.
+    assert layer.chosen is not None and layer.chosen[2:] == (4 * 5 * 4, 4 * 6 * 5)
+
+
+def test_in_words() -> None:
+    layers = {
+        "first": SparseLinear(256, 256, density=0.05, block=(32, 32)),
+        "second": SparseLinear(256, 256, density=0.05, compute="dense"),
+    }
+    for layer in layers.values():
+        layer(torch.randn(64, 256))
+    first, second = how_computed(layers)
+    assert first.startswith("first: ") and "(break-even " in first and "64 rows" in first
+    assert second == "second: dense products, as asked for"
 
 
 # The searches of growth.

@@ -117,11 +117,6 @@ def test_linear_equals_torch(compute: str) -> None:
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_auto_picks_by_density_and_size() -> None:
-    assert SparseLinear(200, 100, density=0.01).compute == "sparse"
-    assert SparseLinear(200, 100, density=0.5).compute == "dense"
-
-
 def test_what_a_sparse_layer_cannot_do_is_refused() -> None:
     with pytest.raises(InputError, match="2 groups is not supported"):
         SparseConv2d(4, 4, 3, groups=2)
@@ -211,7 +206,7 @@ def test_no_tensor_of_the_dense_size_is_ever_made() -> None:
     with LargestTensor() as watch:
         layer = SparseLinear(n, n, density=16 / n, generator=_generator())
         layer(torch.randn(2, n)).sum().backward()
-    assert layer.compute == "sparse" and layer.alive == 16 * n
+    assert layer.chosen is not None and layer.chosen.way == "sparse" and layer.alive == 16 * n
     assert watch.largest < n * n / 50
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from largest_tensor import LargestTensor
+from sparse_case import Case, topology_of
 from torch import Tensor, nn
 
-from dst import Change, SparseConv2d, SparseLinear, Topology
+from dst import SparseConv2d, SparseLinear
 from growth import Grid
 from triton_kernels import (
     Layout,
-    blocks,
     gather,
     scatter,
     sparse_conv2d,
@@ -29,71 +29,6 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def _topology(grid: Grid, alive: str, *, spare: int = 3, seed: int = 0) -> Topology:
-    """Blocks in scrambled slots, with ``spare`` free ones among them."""
-    generator = torch.Generator().manual_seed(seed)
-    count = {"none": 0, "one": 1, "some": max(1, grid.size // 3), "all": grid.size}[alive]
-    keys = torch.randperm(grid.size, generator=generator)
-    if alive == "some" and grid.n_rows > 1:
-        keys = keys[keys // grid.n_cols % 2 == 1]  # every other row is empty
-    wanted, other = keys[:count].sort().values, keys[count : count + 5].sort().values
-    topology = Topology(grid, torch.cat([wanted, other]), wanted.numel() + 5 + spare)
-    topology.edit(Change(other, torch.empty(0, dtype=torch.int64)))
-    # Out and in again, a part at a time, so that slots do not follow the keys.
-    half = wanted[wanted.numel() // 2 :]
-    topology.edit(Change(half, torch.empty(0, dtype=torch.int64)))
-    topology.edit(Change(wanted[: wanted.numel() // 2], half))
-    topology.edit(Change(half[:0], wanted[: wanted.numel() // 2]))
-    assert torch.equal(topology.keys(), wanted)
-    return topology
-
-
-class Case:
-    """A topology with values and the dense weight that they stand for, cut up by plain loops.
-
-    values: (capacity, bh, bw), NaN in the free slots. weight: (n_out, n_in), float64.
-    """
-
-    def __init__(self, topology: Topology, dtype: torch.dtype, seed: int = 0) -> None:
-        self.topology, self.grid = topology, topology.grid
-        self.n_in = self.grid.taps * self.grid.channels
-        generator = torch.Generator().manual_seed(seed)
-        self.weight = torch.zeros(self.grid.n_out, self.n_in, dtype=torch.float64)
-        full = torch.randn(self.weight.shape, generator=generator, dtype=torch.float64).to(dtype)
-        self.values = torch.full((topology.capacity, *self.grid.block), torch.nan, dtype=dtype)
-        for slot, rows, columns in self.places():
-            part = full[rows, columns]
-            self.weight[rows, columns] = part.double()
-            self.values[slot] = 0
-            self.values[slot, : part.shape[0], : part.shape[1]] = part
-        self.values.requires_grad_()
-
-    def places(self) -> list[tuple[int, slice, slice]]:
-        """(slot, rows, columns) of every alive block."""
-        (bh, bw), across = self.grid.block, self.grid.n_cols // self.grid.taps
-        found = []
-        keys, slots = self.topology.keys().tolist(), self.topology.slots.tolist()
-        for key, slot in zip(keys, slots, strict=True):
-            row, (tap, col) = key // self.grid.n_cols, divmod(key % self.grid.n_cols, across)
-            left = tap * self.grid.channels
-            columns = slice(left + col * bw, left + min(col * bw + bw, self.grid.channels))
-            found.append((slot, slice(row * bh, min(row * bh + bh, self.grid.n_out)), columns))
-        return found
-
-    def check_gradient(self, gradient: Tensor, tolerance: float) -> None:
-        """values.grad against the dense gradient (n_out, n_in); exactly zero elsewhere."""
-        assert self.values.grad is not None and self.values.grad.dtype == self.values.dtype
-        expected = torch.zeros(self.values.shape, dtype=torch.float64)
-        filled = torch.zeros(self.values.shape, dtype=torch.bool)
-        for slot, rows, columns in self.places():
-            part = gradient[rows, columns]
-            expected[slot, : part.shape[0], : part.shape[1]] = part
-            filled[slot, : part.shape[0], : part.shape[1]] = True
-        actual = self.values.grad.double()
-        assert (actual[~filled] == 0).all()
-        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("alive", ["none", "one", "some", "all"])
 @pytest.mark.parametrize("block", BLOCKS)
@@ -103,7 +38,7 @@ def test_linear(compute: str, block: tuple[int, int], alive: str, dtype: torch.d
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     torch.manual_seed(0)
     for n_out, n_in, leading in ((7, 10, (5,)), (37, 18, (2, 3)), (16, 16, ()), (1, 1, (1,))):
-        case = Case(_topology(Grid.of(n_out, n_in, 1, block), alive), dtype)
+        case = Case(topology_of(Grid.of(n_out, n_in, 1, block), alive), dtype)
         x = torch.randn(*leading, n_in, dtype=dtype, requires_grad=True)
         bias = torch.randn(n_out, dtype=dtype, requires_grad=True)
         y = sparse_linear(x, case.values, case.topology.layout, bias, compute=compute)
@@ -132,8 +67,9 @@ GEOMETRIES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("alive", ["none", "one", "some", "all"])
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: f"{g['kernel']}")
+@pytest.mark.parametrize("compute", WAYS)
 def test_conv2d(
-    geometry: dict[str, Any], block: tuple[int, int], alive: str, dtype: torch.dtype
+    compute: str, geometry: dict[str, Any], block: tuple[int, int], alive: str, dtype: torch.dtype
 ) -> None:
     tolerance = 1e-11 if dtype == torch.float64 else 1e-4
     torch.manual_seed(0)
@@ -141,14 +77,16 @@ def test_conv2d(
     kernel = geometry["kernel"]
     taps = kernel[0] * kernel[1]
     for channels, n_out, batch in ((5, 7, 2), (17, 3, 1)):
-        case = Case(_topology(Grid.of(n_out, channels * taps, taps, block), alive), dtype)
+        case = Case(topology_of(Grid.of(n_out, channels * taps, taps, block), alive), dtype)
         x = torch.randn(batch, channels, 6, 7, dtype=dtype, requires_grad=True)
         bias = torch.randn(n_out, dtype=dtype)
+        how["compute"] = compute
         y = sparse_conv2d(x, case.values, case.topology.layout, kernel, bias, **how)
         assert y.dtype == dtype
         wide = x.detach().double().requires_grad_()
         weight = case.weight.clone().requires_grad_()
         dense = weight.view(n_out, *kernel, channels).permute(0, 3, 1, 2)
+        del how["compute"]
         expected = F.conv2d(wide, dense, bias.double(), **how)
         torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
         dy = torch.randn_like(y)
@@ -159,7 +97,7 @@ def test_conv2d(
 
 
 def test_conv2d_without_a_batch() -> None:
-    case = Case(_topology(Grid.of(4, 27, 9, (1, 1)), "some"), torch.float32)
+    case = Case(topology_of(Grid.of(4, 27, 9, (1, 1)), "some"), torch.float32)
     x = torch.randn(3, 5, 6)
     y = sparse_conv2d(x, case.values, case.topology.layout, (3, 3))
     batched = sparse_conv2d(x[None], case.values, case.topology.layout, (3, 3))
@@ -169,7 +107,7 @@ def test_conv2d_without_a_batch() -> None:
 @pytest.mark.parametrize("block", BLOCKS[:2])
 @pytest.mark.parametrize("compute", WAYS)
 def test_empty_batch(compute: str, block: tuple[int, int]) -> None:
-    case = Case(_topology(Grid.of(7, 10, 1, block), "some"), torch.float32)
+    case = Case(topology_of(Grid.of(7, 10, 1, block), "some"), torch.float32)
     x = torch.zeros(0, 10, requires_grad=True)
     y = sparse_linear(x, case.values, case.topology.layout, compute=compute)
     assert y.shape == (0, 7)
@@ -180,7 +118,7 @@ def test_empty_batch(compute: str, block: tuple[int, int]) -> None:
 @pytest.mark.parametrize("block", BLOCKS[:2])
 @pytest.mark.parametrize("compute", WAYS)
 def test_inputs_and_gradients_of_any_layout(compute: str, block: tuple[int, int]) -> None:
-    case = Case(_topology(Grid.of(7, 10, 1, block), "some"), torch.float64)
+    case = Case(topology_of(Grid.of(7, 10, 1, block), "some"), torch.float64)
     x = torch.randn(10, 5, dtype=torch.float64).T.requires_grad_()
     y = sparse_linear(x, case.values, case.topology.layout, compute=compute)
     y[:, 0].sum().backward()  # the gradient of y is expanded, not dense
@@ -191,23 +129,11 @@ def test_inputs_and_gradients_of_any_layout(compute: str, block: tuple[int, int]
     case.check_gradient(dy.T @ x.detach(), 1e-12)
 
 
-def test_gathered_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(_topology(Grid.of(37, 18, 1, (4, 4)), "some"), torch.float64)
-    x = torch.randn(3, 18, dtype=torch.float64, requires_grad=True)
-    monkeypatch.setattr(blocks, "CHUNK_FLOATS", 3 * 8 * 2)
-    y = sparse_linear(x, case.values, case.topology.layout, compute="sparse")
-    torch.testing.assert_close(y, x @ case.weight.T)
-    y.sum().backward()
-    dy = torch.ones(3, 37, dtype=torch.float64)
-    torch.testing.assert_close(x.grad, dy @ case.weight)
-    case.check_gradient(dy.T @ x.detach(), 1e-12)
-
-
 @pytest.mark.parametrize("compute", WAYS)
 @pytest.mark.parametrize("block", BLOCKS[:2])
 def test_only_what_is_needed(compute: str, block: tuple[int, int]) -> None:
     """A frozen weight, and an input without a gradient."""
-    case = Case(_topology(Grid.of(5, 6, 1, block), "some"), torch.float64)
+    case = Case(topology_of(Grid.of(5, 6, 1, block), "some"), torch.float64)
     x = torch.randn(3, 6, dtype=torch.float64)
     sparse_linear(x, case.values, case.topology.layout, compute=compute).sum().backward()
     case.check_gradient(torch.ones(5, 3).double() @ x, 1e-12)
@@ -222,7 +148,7 @@ def test_only_what_is_needed(compute: str, block: tuple[int, int]) -> None:
 @pytest.mark.parametrize("block", BLOCKS[:2])
 @pytest.mark.parametrize("compute", WAYS)
 def test_linear_gradcheck(compute: str, block: tuple[int, int]) -> None:
-    topology = _topology(Grid.of(5, 7, 1, block), "some", spare=1)
+    topology = topology_of(Grid.of(5, 7, 1, block), "some", spare=1)
     x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     values = torch.randn(topology.capacity, *block, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
@@ -232,19 +158,23 @@ def test_linear_gradcheck(compute: str, block: tuple[int, int]) -> None:
     )
 
 
+@pytest.mark.parametrize("compute", WAYS)
 @pytest.mark.parametrize("block", BLOCKS[:2])
-def test_conv2d_gradcheck(block: tuple[int, int]) -> None:
-    topology = _topology(Grid.of(3, 2 * 6, 6, block), "some", spare=1)
+def test_conv2d_gradcheck(block: tuple[int, int], compute: str) -> None:
+    topology = topology_of(Grid.of(3, 2 * 6, 6, block), "some", spare=1)
     x = torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True)
     values = torch.randn(topology.capacity, *block, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda *args: sparse_conv2d(*args, topology.layout, (3, 2), stride=(2, 1), padding=(1, 0)),
+        lambda *args: sparse_conv2d(
+            *args, topology.layout, (3, 2), stride=(2, 1), padding=(1, 0), compute=compute
+        ),
         (x, values),
     )
 
 
 def _conv_y(x: Tensor, values: Tensor, layout: Layout, compute: str) -> Tensor:
-    return sparse_conv2d(x.view(-1, 2, 3, 3), values, layout, (3, 3)).flatten(1)
+    x = x.view(-1, 2, 3, 3)
+    return sparse_conv2d(x, values, layout, (3, 3), compute=compute).flatten(1)
 
 
 PRODUCTS: dict[str, tuple[Callable[..., Tensor], int]] = {
@@ -256,14 +186,14 @@ PRODUCTS: dict[str, tuple[Callable[..., Tensor], int]] = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("block", BLOCKS[:2])
 @pytest.mark.parametrize(
-    ("product", "compute"), [("linear", "dense"), ("linear", "sparse"), ("conv", "dense")]
+    ("product", "compute"), [(product, way) for product in ("linear", "conv") for way in WAYS]
 )
 def test_autocast(product: str, compute: str, block: tuple[int, int], dtype: torch.dtype) -> None:
     """Backward inside of it, as some loops do, and outside."""
     run, taps = PRODUCTS[product]
     for backward_inside in (False, True):
         torch.manual_seed(0)
-        case = Case(_topology(Grid.of(5, 18, taps, block), "some"), torch.float32)
+        case = Case(topology_of(Grid.of(5, 18, taps, block), "some"), torch.float32)
         x = torch.randn(4, 18, requires_grad=True)
         dy = torch.randn(4, 5)
         with torch.autocast("cpu", dtype):
@@ -287,7 +217,7 @@ def test_autocast(product: str, compute: str, block: tuple[int, int], dtype: tor
 @pytest.mark.parametrize("compute", WAYS)
 @pytest.mark.parametrize("block", BLOCKS[:2])
 def test_autocast_leaves_double_alone_as_torch_does(compute: str, block: tuple[int, int]) -> None:
-    case = Case(_topology(Grid.of(5, 6, 1, block), "some"), torch.float64)
+    case = Case(topology_of(Grid.of(5, 6, 1, block), "some"), torch.float64)
     x = torch.randn(4, 6, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert F.linear(x, case.weight).dtype == torch.float64
@@ -300,7 +230,7 @@ def test_autocast_leaves_double_alone_as_torch_does(compute: str, block: tuple[i
 @pytest.mark.parametrize("block", BLOCKS[:2])
 @pytest.mark.parametrize("compute", WAYS)
 def test_half_precision(compute: str, block: tuple[int, int], dtype: torch.dtype) -> None:
-    case = Case(_topology(Grid.of(9, 12, 1, block), "some"), dtype)
+    case = Case(topology_of(Grid.of(9, 12, 1, block), "some"), dtype)
     x = torch.randn(4, 12).to(dtype)
     y = sparse_linear(x, case.values, case.topology.layout, compute=compute)
     assert y.dtype == dtype
@@ -312,7 +242,7 @@ def test_half_precision(compute: str, block: tuple[int, int], dtype: torch.dtype
 @pytest.mark.parametrize("block", BLOCKS[:2])
 @pytest.mark.parametrize("compute", WAYS)
 def test_linear_opcheck(compute: str, block: tuple[int, int]) -> None:
-    case = Case(_topology(Grid.of(5, 7, 1, block), "some", spare=0), torch.float32)
+    case = Case(topology_of(Grid.of(5, 7, 1, block), "some", spare=0), torch.float32)
     values = case.values.detach().nan_to_num(0).requires_grad_()
     x = torch.randn(3, 7, requires_grad=True)
     layout = case.topology.layout
@@ -328,20 +258,22 @@ def test_linear_opcheck(compute: str, block: tuple[int, int]) -> None:
         )
 
 
+@pytest.mark.parametrize("compute", WAYS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_conv2d_opcheck(memory_format: torch.memory_format) -> None:
-    case = Case(_topology(Grid.of(5, 27, 9, (2, 2)), "some", spare=0), torch.float32)
+def test_conv2d_opcheck(memory_format: torch.memory_format, compute: str) -> None:
+    case = Case(topology_of(Grid.of(5, 27, 9, (2, 2)), "some", spare=0), torch.float32)
     values = case.values.detach().nan_to_num(0).requires_grad_()
     x = torch.randn(2, 3, 6, 5).to(memory_format=memory_format).requires_grad_()
     layout = case.topology.layout
     geometry = ((3, 3), (1, 1), (1, 1), (1, 1))
     torch.library.opcheck(
-        torch.ops.sparsegrow.conv2d.default, (x, values, *layout[:3], 5, *geometry)
+        torch.ops.sparsegrow.conv2d.default,
+        (x, values, *layout[:6], 5, *geometry, compute == "sparse"),
     )
     dy = torch.randn(2, 5, 6, 5).to(memory_format=memory_format)
     torch.library.opcheck(
         torch.ops.sparsegrow.conv2d_backward.default,
-        (dy, x.detach(), values.detach(), *layout[:3], *geometry, True, True),
+        (dy, x.detach(), values.detach(), *layout[:6], *geometry, compute == "sparse", True, True),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -399,7 +331,7 @@ def test_sparse_compute_never_forms_the_weight(block: tuple[int, int]) -> None:
 @pytest.mark.parametrize("taps", [1, 6])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_scatter_and_gather_are_adjoint(block: tuple[int, int], taps: int) -> None:
-    case = Case(_topology(Grid.of(7, 5 * taps, taps, block), "some"), torch.float64)
+    case = Case(topology_of(Grid.of(7, 5 * taps, taps, block), "some"), torch.float64)
     index = case.topology.layout[:3]
     dense = scatter(case.values.detach(), *index, 7, taps, 5)
     assert torch.equal(dense.flatten(1), case.weight)
@@ -412,10 +344,10 @@ def test_scatter_and_gather_are_adjoint(block: tuple[int, int], taps: int) -> No
 
 
 def test_wrong_inputs_are_refused() -> None:
-    layout = _topology(Grid.of(5, 6, 1, (1, 1)), "some").layout
+    layout = topology_of(Grid.of(5, 6, 1, (1, 1)), "some").layout
     with pytest.raises(ValueError, match="x has 7 features, but the weight has 6 inputs"):
         sparse_linear(torch.ones(2, 7), torch.ones(18, 1, 1), layout)
-    layout = _topology(Grid.of(5, 27, 9, (1, 1)), "some").layout
+    layout = topology_of(Grid.of(5, 27, 9, (1, 1)), "some").layout
     for shape in ((2, 4, 5, 5), (5, 5), (1, 1, 3, 5, 5)):
         with pytest.raises(ValueError, match=r"must be \(batch, 3, H, W\)"):
             sparse_conv2d(torch.ones(shape), torch.ones(53, 1, 1), layout, (3, 3))

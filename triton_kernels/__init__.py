@@ -5,14 +5,13 @@ work. Imports without triton; what launches a kernel imports it there.
 """
 
 from triton_kernels.conv import sparse_conv2d
-from triton_kernels.costs import COMPUTE, choose_linear
+from triton_kernels.costs import COMPUTE
 from triton_kernels.layout import Layout, gather, scatter
 from triton_kernels.linear import sparse_linear
 
 __all__ = [
     "COMPUTE",
     "Layout",
-    "choose_linear",
     "gather",
     "scatter",
     "sparse_conv2d",

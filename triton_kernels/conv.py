@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_kernels.forms import conv_form
 from triton_kernels.layout import Layout, gather, scatter
 from triton_kernels.linear import cast_for_autocast
 
@@ -22,12 +23,14 @@ def sparse_conv2d(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
+    compute: str = "dense",
 ) -> Tensor:
     """2-D convolution with a weight given by its alive blocks, columns in (kh, kw, C) order.
 
-    x: (batch, C, H, W) or (C, H, W); values: (capacity, bh, bw); bias: (n_out,) or None. The
-    weight is scattered for the product, and again in backward. Under autocast the operands are
-    cast to its dtype.
+    x: (batch, C, H, W) or (C, H, W); values: (capacity, bh, bw); bias: (n_out,) or None. compute:
+    ``sparse`` never forms the weight, where there is such a product for the tensors (see
+    ``forms.conv_form``); else it is scattered, and again in backward. Under autocast the operands
+    are cast to its dtype.
     """
     if x.dim() not in (3, 4) or x.shape[-3] != layout.channels:
         raise ValueError(
@@ -35,7 +38,8 @@ def sparse_conv2d(
         )
     x, values, bias = cast_for_autocast(x, values, bias)
     batched = x if x.dim() == 4 else x[None]
-    y = _conv(batched, values, *layout[:3], layout.n_out, kernel_size, stride, padding, dilation)
+    geometry = (kernel_size, stride, padding, dilation)
+    y = _conv(batched, values, *layout[:6], layout.n_out, *geometry, compute == "sparse")
     if bias is not None:
         y = y + bias.view(-1, 1, 1)
     return y if x.dim() == 4 else y[0]
@@ -65,12 +69,20 @@ def _conv(
     row_offsets: Tensor,
     cols: Tensor,
     slots: Tensor,
+    col_offsets: Tensor,
+    rows_t: Tensor,
+    slots_t: Tensor,
     n_out: int,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    sparse: bool,
 ) -> Tensor:
+    geometry = (kernel, stride, padding, dilation)
+    form = conv_form(x, (values.shape[1], values.shape[2])) if sparse else None
+    if form is not None:
+        return form.forward(x, values, row_offsets, cols, slots, n_out, *geometry)
     weight = _dense_weight(x, values, row_offsets, cols, slots, n_out, kernel)
     return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation)
 
@@ -82,11 +94,15 @@ def _(
     row_offsets: Tensor,
     cols: Tensor,
     slots: Tensor,
+    col_offsets: Tensor,
+    rows_t: Tensor,
+    slots_t: Tensor,
     n_out: int,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    sparse: bool,
 ) -> Tensor:
     weight = x.new_empty(n_out, x.shape[1], *kernel)
     return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation)
@@ -100,14 +116,29 @@ def _conv_backward(
     row_offsets: Tensor,
     cols: Tensor,
     slots: Tensor,
+    col_offsets: Tensor,
+    rows_t: Tensor,
+    slots_t: Tensor,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    sparse: bool,
     need_x: bool,
     need_values: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dvalues); one that is not needed is empty."""
+    capacity, bh, bw = values.shape
+    geometry = (kernel, stride, padding, dilation)
+    form = conv_form(x, (bh, bw)) if sparse else None
+    if form is not None:
+        dx, dvalues = x.new_empty(0), values.new_empty(0)
+        if need_x:
+            dx = form.input_gradient(dy, values, col_offsets, rows_t, slots_t, x, *geometry)
+        if need_values:
+            at = (row_offsets, cols, slots, capacity, (bh, bw))
+            dvalues = form.weight_gradient(x, dy, *at, *geometry)
+        return dx, dvalues
     weight = _dense_weight(x, values, row_offsets, cols, slots, dy.shape[1], kernel)
     dx, dense, _ = torch.ops.aten.convolution_backward(
         dy,
@@ -127,7 +158,6 @@ def _conv_backward(
     if not need_values:
         return dx, values.new_empty(0)
     dense = dense.permute(0, 2, 3, 1).reshape(dy.shape[1], -1, x.shape[1])
-    capacity, bh, bw = values.shape
     return dx, gather(dense, row_offsets, cols, slots, capacity, (bh, bw))
 
 
@@ -139,10 +169,14 @@ def _(
     row_offsets: Tensor,
     cols: Tensor,
     slots: Tensor,
+    col_offsets: Tensor,
+    rows_t: Tensor,
+    slots_t: Tensor,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    sparse: bool,
     need_x: bool,
     need_values: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -155,9 +189,9 @@ def _(
 def _setup(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: Tensor
 ) -> None:
-    *tensors, _, kernel, stride, padding, dilation = inputs
+    *tensors, _, kernel, stride, padding, dilation, sparse = inputs
     ctx.save_for_backward(*tensors)
-    ctx.geometry = (kernel, stride, padding, dilation)  # type: ignore[attr-defined]
+    ctx.geometry = (kernel, stride, padding, dilation, sparse)  # type: ignore[attr-defined]
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -169,7 +203,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Ten
         need_x,
         need_values,
     )
-    return (dx if need_x else None, dvalues if need_values else None, *[None] * 8)
+    return (dx if need_x else None, dvalues if need_values else None, *[None] * 12)
 
 
 _conv.register_autograd(_backward, setup_context=_setup)

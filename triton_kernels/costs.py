@@ -2,33 +2,114 @@
 
 from __future__ import annotations
 
-# Highest density at which a full training step of a sparse linear layer (forward, both gradients)
-# is faster through the sparse path than through a scattered dense weight, by the smaller side of a
-# block: CSR for single weights, gathered blocks otherwise. From benchmarks/linear_paths.py.
-CPU_BREAK_EVEN = {1: 0.1, 2: 0.07, 32: 0.15}
-# Without kernels of our own a GPU's dense product wins at every density that trains well.
-CUDA_BREAK_EVEN = 0.005
+from typing import NamedTuple
+
 # A dense weight above this is never scattered: the memory is the point of being sparse.
 LARGEST_SCATTER_BYTES = 1 << 30
 
 COMPUTE = ("auto", "dense", "sparse")
 
 
-def choose_linear(
-    density: float, block: tuple[int, int], dense_bytes: int, device_type: str
-) -> str:
-    """``sparse`` or ``dense`` for a linear layer of this density and block.
+class Layer(NamedTuple):
+    """A sparse layer and the input of one step.
 
-    dense_bytes: size that the weight would have if it were dense.
+    n_out, n_in: of the weight, n_in being taps * channels. alive: blocks. rows: of the product,
+    batch x positions. padded: the same with the positions that the sparse product of a convolution
+    computes and drops. itemsize: bytes of a weight. device: its type.
     """
-    if dense_bytes > LARGEST_SCATTER_BYTES:
+
+    n_out: int
+    n_in: int
+    taps: int
+    block: tuple[int, int]
+    alive: int
+    rows: int
+    padded: int
+    itemsize: int
+    device: str
+
+    @property
+    def size(self) -> int:
+        """Blocks, if all were alive."""
+        across = self.taps * -(-self.n_in // self.taps // self.block[1])
+        return -(-self.n_out // self.block[0]) * across
+
+
+# One training step (forward and both gradients) on the CPU, in nanoseconds of the machine that
+# benchmarks/block_sparse.py measured; only ratios matter. What each counts: see the ``_parts``.
+NS_DENSE, NS_DENSE_CONV = (0.0095, 6.0), (0.0098, 6.0)
+# By the smaller side of a block; 1: single weights.
+NS_SPARSE = {
+    1: (0.04, 6.0, 2.0),
+    2: (0.3, 300.0, 2.0),
+    16: (0.022, 300.0, 2.0),
+    32: (0.0145, 300.0, 2.0),
+    64: (0.0125, 300.0, 2.0),
+    128: (0.011, 300.0, 2.0),
+}
+# Rows that the products of blocks take at a time (``blocks_cpu``, ``conv_cpu``).
+ROWS_AT_ONCE = 512
+# Without kernels of our own a GPU's dense product wins at every density that trains well.
+CUDA_BREAK_EVEN = 0.005
+
+
+def choose(layer: Layer) -> str:
+    """``sparse`` or ``dense``: the faster way to compute a training step of this layer."""
+    if layer.n_out * layer.n_in * layer.itemsize > LARGEST_SCATTER_BYTES:
         return "sparse"
-    if device_type == "cpu":
-        side = max(size for size in CPU_BREAK_EVEN if size <= min(block))
-        break_even = CPU_BREAK_EVEN[side]
-    else:
-        break_even = CUDA_BREAK_EVEN
-    return "sparse" if density <= break_even else "dense"
+    if layer.device != "cpu":
+        return "sparse" if layer.alive <= CUDA_BREAK_EVEN * layer.size else "dense"
+    return "sparse" if sparse_step_ns(layer) < dense_step_ns(layer) else "dense"
+
+
+def break_even(layer: Layer) -> float:
+    """The highest density at which ``choose`` says ``sparse``; 0 where there is none."""
+    low, high = 0, layer.size
+    while low < high:
+        middle = (low + high + 1) // 2
+        if choose(layer._replace(alive=middle)) == "sparse":
+            low = middle
+        else:
+            high = middle - 1
+    return low / layer.size
+
+
+def dense_step_ns(layer: Layer) -> float:
+    """Time of a training step through a scattered weight on the CPU."""
+    return _sum(dense_parts(layer), NS_DENSE if layer.taps == 1 else NS_DENSE_CONV)
+
+
+def dense_parts(layer: Layer) -> tuple[float, ...]:
+    """FLOPs of the dense products; entries of the weight, which are scattered and gathered."""
+    entries = layer.n_out * layer.n_in
+    return 6.0 * layer.rows * entries, float(entries)
+
+
+def sparse_step_ns(layer: Layer) -> float:
+    """Time of a training step that never forms the weight, on the CPU."""
+    if layer.block == (1, 1) and layer.taps > 1:
+        return float("inf")  # there is no such product
+    # Blocks of one row or column are no single weights.
+    least = 1 if layer.block == (1, 1) else max(2, min(layer.block))
+    side = max(size for size in NS_SPARSE if size <= least)
+    return _sum(sparse_parts(layer), NS_SPARSE[side])
+
+
+def sparse_parts(layer: Layer) -> tuple[float, ...]:
+    """FLOPs of the alive blocks; blocks, once for every piece of the batch; entries of the
+    activations, which are copied to where blocks find them, and back."""
+    bh, bw = layer.block
+    pieces = -(-layer.padded // ROWS_AT_ONCE)
+    copied = layer.padded * (layer.n_in // layer.taps + layer.n_out)
+    return (
+        6.0 * layer.alive * bh * bw * layer.padded,
+        float(layer.alive * pieces),
+        float(copied),
+    )
+
+
+def _sum(parts: tuple[float, ...], each: tuple[float, ...]) -> float:
+    return sum(count * ns for count, ns in zip(parts, each, strict=True))
 
 
 # The searches of growth, in nanoseconds on one core, from benchmarks/growth.py. They choose between

@@ -40,7 +40,13 @@ def product(
 
 
 def weight_gradient(
-    x: Tensor, dy: Tensor, row_offsets: Tensor, cols: Tensor, slots: Tensor, capacity: int
+    x: Tensor,
+    dy: Tensor,
+    row_offsets: Tensor,
+    cols: Tensor,
+    slots: Tensor,
+    capacity: int,
+    block: tuple[int, int] = (1, 1),
 ) -> Tensor:
     """dy^T x at the alive entries alone: (capacity, 1, 1), free slots zero."""
     shape = (dy.shape[1], x.shape[1])

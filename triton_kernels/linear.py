@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_kernels import blocks, csr
+from triton_kernels.forms import linear_form
 from triton_kernels.layout import Layout, gather, scatter
 
 
@@ -61,9 +61,8 @@ def _linear(
     if not sparse:
         weight = scatter(values, row_offsets, cols, slots, n_out, 1, x.shape[1])
         return x @ weight.view(n_out, -1).T
-    if values.shape[1:] == (1, 1) and csr.available(x.device):
-        return csr.product(x, values, row_offsets, cols, slots, n_out)
-    return blocks.forward(x, values, row_offsets, cols, slots, n_out).contiguous()
+    form = linear_form(x, (values.shape[1], values.shape[2]))
+    return form.forward(x, values, row_offsets, cols, slots, n_out).contiguous()
 
 
 @_linear.register_fake
@@ -107,16 +106,12 @@ def _linear_backward(
         if need_values:
             dense = (dy.T @ x).view(dy.shape[1], 1, x.shape[1])
             dvalues = gather(dense, row_offsets, cols, slots, capacity, (bh, bw))
-    elif bh == bw == 1 and csr.available(x.device):
-        if need_x:
-            dx = csr.product(dy, values, col_offsets, rows_t, slots_t, x.shape[1])
-        if need_values:
-            dvalues = csr.weight_gradient(x, dy, row_offsets, cols, slots, capacity)
     else:
+        form = linear_form(x, (bh, bw))
         if need_x:
-            dx = blocks.input_gradient(dy, values, col_offsets, rows_t, slots_t, x.shape[1])
+            dx = form.input_gradient(dy, values, col_offsets, rows_t, slots_t, x.shape[1])
         if need_values:
-            dvalues = blocks.weight_gradient(x, dy, row_offsets, cols, slots, capacity, (bh, bw))
+            dvalues = form.weight_gradient(x, dy, row_offsets, cols, slots, capacity, (bh, bw))
     return dx.contiguous(), dvalues
 
 

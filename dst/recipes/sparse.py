@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from dst import checkpoint
+from dst.computing import how_computed
 from dst.config import Config, parse_block, parse_interval, parse_shares, parse_skip
 from dst.convert import density_ramp, density_table, model_density, sparsify
 from dst.data import Dataset, Split, eval_batches, load, steps_per_epoch, train_loader
@@ -24,7 +25,7 @@ from dst.drop import CRITERIA
 from dst.errors import StoppedError
 from dst.flops import forward_macs, layer_costs, training_cost
 from dst.growing import growth_strategy
-from dst.layers import SparseLinear
+from dst.layers import Choice
 from dst.methods import METHODS, DropGrow, Method
 from dst.models import build
 from dst.progress import ProgressBar
@@ -244,7 +245,7 @@ class _Run:
         self.checkpoint_interval = parse_interval(
             "checkpoint-interval", config.run.checkpoint_interval, steps_per_epoch
         )
-        self.checkpoint_due = False
+        self.checkpoint_due = self.told = False
         self.saved_step = 0
         augment = config.data.augment
         self.augment = data.augment if augment == "auto" else augment
@@ -322,6 +323,10 @@ class _Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = config.training.lr * rate.at(self.step)
             self._train_step(images, labels)
+            if config.run.verbose and not self.told:
+                self.told = True
+                for line in how_computed(self.updater.layers):
+                    self.session.console.print(line, highlight=False)
             self.step += 1
             self.checkpoint_due |= self.step % self.checkpoint_interval == 0
             bar.advance(config.data.batch)
@@ -495,7 +500,7 @@ class _Run:
                 "updater": updater,
                 "optimizer": optimizer_rest,
                 "scaler": self.scaler.state_dict(),
-                "compute": self._compute(),
+                "compute": self._choices(),
             }
             self.session.save(tensors, state)
 
@@ -520,10 +525,8 @@ class _Run:
             {**state["updater"], "explored": part("explored/"), "states": part("growth/")}
         )
         self.scaler.load_state_dict(state["scaler"])
-        for name, compute in state["compute"].items():
-            linear = self.model.get_submodule(name)
-            assert isinstance(linear, SparseLinear)
-            linear.compute = compute
+        for name, choice in state["compute"].items():
+            self.updater.layers[name].chosen = Choice(*choice)
         if rank() == 0:
             # The sums of all workers together: the others go on from nothing.
             self.sums.copy_(tensors["sums"])
@@ -534,13 +537,10 @@ class _Run:
         self._wrap()
         self.session.go_on(tensors, state)
 
-    def _compute(self) -> dict[str, str]:
-        """How each sparse linear layer's products are computed: decided once, kept on resume."""
-        return {
-            name: layer.compute
-            for name, layer in self.updater.layers.items()
-            if isinstance(layer, SparseLinear)
-        }
+    def _choices(self) -> dict[str, Choice]:
+        """How the products of sparse layers are computed where that was decided: kept on resume."""
+        layers = self.updater.layers.items()
+        return {name: layer.chosen for name, layer in layers if layer.chosen is not None}
 
     def finish(self) -> Summary:
         """Test once, write the report, show the figures."""

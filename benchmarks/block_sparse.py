@@ -1,0 +1,298 @@
+"""Sparse products against the dense ones of the same size, side by side in one process.
+
+    python benchmarks/block_sparse.py                    # about 20 minutes on two quiet cores
+    python benchmarks/block_sparse.py --only square      # or wrn, alexnet, vit, fit, plot
+    python benchmarks/block_sparse.py --device cuda --dtype bfloat16 --batches 4096
+
+``ours`` never forms the weight; ``scattered`` is the other way that a layer may take; ``dense`` is
+``nn.Linear`` or ``nn.Conv2d``; ``bsr`` PyTorch's block-sparse format, which has a forward product
+alone. ``forward``: without gradients. ``step``: forward, both gradients and SGD. Medians of calls
+in turns, and half the distance between their quartiles -> results/block_sparse.csv.
+
+``fit``: the constants of ``triton_kernels/costs.py`` from these rows, and what ``auto`` would cost.
+``plot``: docs/images/block-sparse.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import record
+import torch
+from torch import Tensor, nn
+
+from dst.layers import SparseConv2d, SparseLayer, SparseLinear
+from triton_kernels import costs
+
+NAME = "block_sparse"
+IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
+DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
+BLOCKS = (1, 16, 32, 64, 128)
+REPEATS, LEAST_SECONDS = 9, 0.25
+
+
+class Case(NamedTuple):
+    """A layer. size: of a convolution's maps, 0 for a linear layer; taps: of its kernel."""
+
+    group: str
+    name: str
+    n_out: int
+    n_in: int
+    size: int = 0
+    stride: int = 1
+
+    def sparse(self, block: int, density: float, compute: str, **how: Any) -> SparseLayer:
+        how |= {"block": (block, block), "compute": compute, "bias": False}
+        if not self.size:
+            return SparseLinear(self.n_in, self.n_out, density=density, **how)
+        return SparseConv2d(
+            self.n_in, self.n_out, 3, self.stride, padding=1, density=density, **how
+        )
+
+    def dense(self, **how: Any) -> nn.Module:
+        if not self.size:
+            return nn.Linear(self.n_in, self.n_out, bias=False, **how)
+        return nn.Conv2d(self.n_in, self.n_out, 3, self.stride, padding=1, bias=False, **how)
+
+    def input(self, batch: int, **how: Any) -> Tensor:
+        shape = (batch, self.n_in, self.size, self.size) if self.size else (batch, self.n_in)
+        return torch.randn(shape, **how)
+
+
+CASES = (
+    *(Case("square", f"{n} x {n}", n, n) for n in (1024, 2048, 4096)),
+    Case("wrn", "WRN-28-10, 160 at 32", 160, 160, 32),
+    Case("wrn", "WRN-28-10, 320 at 16", 320, 320, 16),
+    Case("wrn", "WRN-28-10, 640 at 8", 640, 640, 8),
+    Case("wrn", "WRN-28-10, 320 to 640", 640, 320, 16, 2),
+    Case("alexnet", "AlexNet fc6", 4096, 9216),
+    Case("vit", "ViT-B MLP", 3072, 768),
+)
+# Samples in a batch; of a convolution, images; of ViT, tokens.
+BATCHES = {"square": (64, 256), "wrn": (32,), "alexnet": (128,), "vit": (197 * 4,)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    groups = (*BATCHES, "fit", "plot")
+    parser.add_argument("--only", nargs="+", choices=groups, default=groups)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batches", nargs="+", type=int, help="in place of each group's own")
+    parser.add_argument("--blocks", nargs="+", type=int, default=BLOCKS)
+    parser.add_argument("--densities", nargs="+", type=float, default=DENSITIES)
+    options = parser.parse_args()
+    how = {"device": torch.device(options.device), "dtype": getattr(torch, options.dtype)}
+    for case in CASES:
+        if case.group not in options.only:
+            continue
+        for batch in options.batches or BATCHES[case.group]:
+            for row in measure(case, batch, options.blocks, options.densities, how):
+                record.append(NAME, [row])
+    if "fit" in options.only:
+        fit(_rows(options.device, options.dtype))
+    if "plot" in options.only:
+        plot(_rows(options.device, options.dtype))
+
+
+def measure(
+    case: Case, batch: int, blocks: list[int], densities: list[float], how: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    x = case.input(batch, **how)
+    dy = torch.randn_like(case.dense(**how)(x))
+    for block in blocks:
+        if case.size and block == 1:
+            continue  # a convolution of single weights is scattered in any case
+        for density in densities:
+            ours = case.sparse(block, density, "sparse", **how)
+            keys = {"keys": ours.topology.keys()}
+            scattered = case.sparse(block, density, "dense", **keys, **how)
+            layers: dict[str, nn.Module] = {"ours": ours, "scattered": scattered}
+            layers["dense"] = case.dense(**how)
+            calls = {
+                "forward": {name: _forward(layer, x) for name, layer in layers.items()},
+                "step": {name: _step(layer, x, dy) for name, layer in layers.items()},
+            }
+            if not case.size and block >= 16:
+                calls["forward"]["bsr"] = _bsr(ours, x)
+            for what, functions in calls.items():
+                for name, times in in_turns(functions, how["device"]).items():
+                    low, middle, high = statistics.quantiles(times, n=4)
+                    shape = ours.cost(*ours._rows(x))
+                    yield {
+                        **{"group": case.group, "layer": case.name, "batch": batch},
+                        **{"n_out": shape.n_out, "n_in": shape.n_in, "taps": shape.taps},
+                        **{"rows": shape.rows, "padded": shape.padded, "block": block},
+                        **{"density": density, "what": what, "way": name},
+                        **{"ms": round(1e3 * middle, 4), "+-": round(500 * (high - low), 4)},
+                        **{"device": how["device"].type, "dtype": str(how["dtype"])[6:]},
+                        "threads": torch.get_num_threads(),
+                    }
+            print(case.name, batch, block, density, flush=True)
+
+
+def _forward(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+    def call() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    return call
+
+
+def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+    x = x.clone().requires_grad_()
+    optimizer = torch.optim.SGD(layer.parameters(), 1e-6)
+
+    def call() -> None:
+        x.grad = None
+        optimizer.zero_grad()
+        layer(x).backward(dy)
+        optimizer.step()
+
+    return call
+
+
+def _bsr(layer: SparseLayer, x: Tensor) -> Callable[[], None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weight = layer.dense_weight().detach().to_sparse_bsr(layer.topology.grid.block)
+
+    def call() -> None:
+        torch.nn.functional.linear(x, weight)
+
+    return call
+
+
+def in_turns(calls: dict[str, Callable[[], None]], device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each, so that all meet the same neighbours."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    start, repeat = time.perf_counter(), 0
+    while repeat < 3 or (repeat <= REPEATS and time.perf_counter() - start < 60 * LEAST_SECONDS):
+        for name, call in calls.items():
+            _wait(device)
+            before = time.perf_counter()
+            call()
+            _wait(device)
+            if repeat:  # the first one works out and allocates what is kept
+                times[name].append(time.perf_counter() - before)
+        repeat += 1
+    return times
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _rows(device: str, dtype: str) -> list[dict[str, str]]:
+    """Those of this hardware and number of threads; of what was measured twice, the later."""
+    here = {**record.circumstances(), "threads": str(torch.get_num_threads())}
+    keys = ("layer", "batch", "block", "density", "what", "way")
+    found = {}
+    with (record.RESULTS / f"{NAME}.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            same = all(row[key] == here[key] for key in ("hardware", "threads", "torch"))
+            if same and (row["device"], row["dtype"]) == (device.split(":")[0], dtype):
+                found[tuple(row[key] for key in keys)] = row
+    return list(found.values())
+
+
+def _cost(row: dict[str, str]) -> costs.Layer:
+    block = int(row["block"])
+    sizes = (int(row[key]) for key in ("n_out", "n_in", "taps"))
+    layer = costs.Layer(
+        *sizes, (block, block), 0, int(row["rows"]), int(row["padded"]), 4, row["device"]
+    )
+    return layer._replace(alive=round(float(row["density"]) * layer.size))
+
+
+def fit(rows: list[dict[str, str]]) -> None:
+    """Prints the constants, and how far ``auto`` by those in costs.py lies from dense."""
+    steps = [row for row in rows if row["what"] == "step"]
+
+    def constants(chosen: list[dict[str, str]], parts: Callable[[costs.Layer], list[float]]) -> Any:
+        """Least squares of the relative error, none below zero."""
+        from scipy.optimize import nnls
+
+        ns = np.array([1e6 * float(row["ms"]) for row in chosen])
+        matrix = np.array([parts(_cost(row)) for row in chosen]) / ns[:, None]
+        return nnls(matrix, np.ones(len(chosen)))[0]
+
+    dense = [row for row in steps if row["way"] == "scattered"]
+    for name, conv in (("linear", False), ("conv", True)):
+        chosen = [row for row in dense if (int(row["taps"]) > 1) == conv]
+        if chosen:
+            print("dense", name, constants(chosen, costs.dense_parts))
+    for block in sorted({int(row["block"]) for row in steps}):
+        chosen = [row for row in steps if row["way"] == "ours" and int(row["block"]) == block]
+        print("block", block, constants(chosen, costs.sparse_parts))
+    by_case: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in steps:
+        key = tuple(row[k] for k in ("layer", "batch", "block", "density"))
+        by_case.setdefault(key, {})[row["way"]] = float(row["ms"])
+    print(f"{'layer':24} batch block density  dense/ours  dense/scattered  dense/auto")
+    for row in steps:
+        if row["way"] != "ours":
+            continue
+        key = tuple(row[k] for k in ("layer", "batch", "block", "density"))
+        ms = by_case[key]
+        way = "ours" if costs.choose(_cost(row)) == "sparse" else "scattered"
+        shown = [ms["dense"] / ms[name] for name in ("ours", "scattered", way)]
+        print(
+            f"{key[0]:24} {key[1]:>5} {key[2]:>5} {key[3]:>7}"
+            + "".join(f"{s:12.2f}" for s in shown)
+        )
+
+
+def plot(rows: list[dict[str, str]]) -> None:
+    """Speed-up of a step over dense, against density, a panel a layer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [row for row in rows if row["what"] == "step"]
+    layers = sorted({(row["layer"], int(row["batch"])) for row in steps})
+    across = 4
+    figure, axes = plt.subplots(
+        -(-len(layers) // across), across, figsize=(4 * across, 3.2 * -(-len(layers) // across))
+    )
+    for ax, (name, batch) in zip(axes.flat, layers, strict=False):
+        own = [r for r in steps if (r["layer"], int(r["batch"])) == (name, batch)]
+        for block in sorted({int(row["block"]) for row in own}):
+            ms = {
+                (row["way"], float(row["density"])): float(row["ms"])
+                for row in own
+                if int(row["block"]) == block
+            }
+            densities = sorted({d for _, d in ms})
+            ratios = [ms["dense", d] / ms["ours", d] for d in densities]
+            label = f"block {block}" if block > 1 else "single weights"
+            ax.plot(densities, ratios, marker="o", ms=3, label=label)
+        ax.plot(densities, [1 / d for d in densities], color="0.7", ls=":", label="1 / density")
+        ax.axhline(1, color="0.5", lw=0.8)
+        ax.set(xscale="log", yscale="log", title=f"{name}, batch {batch}")
+        ax.set(xlabel="density", ylabel="dense time / sparse time")
+    for ax in axes.flat[len(layers) :]:
+        ax.set_axis_off()
+    axes.flat[0].legend(fontsize=7)
+    figure.suptitle("A training step (forward, both gradients, SGD) on the CPU")
+    figure.tight_layout()
+    IMAGES.mkdir(exist_ok=True)
+    figure.savefig(IMAGES / "block-sparse.png", dpi=110)
+    print(IMAGES / "block-sparse.png")
+
+
+if __name__ == "__main__":
+    main()
