@@ -29,8 +29,10 @@ def _layer(density: float, **changes: Any) -> costs.Layer:
         (0.02, {"block": (1, 1), "taps": 9, "n_in": 9 * 256}, "dense"),  # there is no such product
         (0.05, {"taps": 9, "n_in": 9 * 256}, "sparse"),
         (0.1, {"n_out": 32, "n_in": 32}, "dense"),  # too little to save
-        (0.05, {"device": "cuda"}, "dense"),
-        (0.001, {"device": "cuda"}, "sparse"),
+        (0.05, {"device": "cuda"}, "sparse"),
+        (0.2, {"device": "cuda"}, "dense"),
+        (0.05, {"device": "cuda", "block": (1, 1)}, "dense"),
+        (0.001, {"device": "cuda", "block": (1, 1)}, "sparse"),
     ],
 )
 def test_choice(density: float, changes: dict[str, Any], expected: str) -> None:

@@ -15,17 +15,17 @@ from growth import Grid
 from triton_kernels import blas, blocks, blocks_cpu, conv_cpu, csr, csr_cpu, forms
 from triton_kernels.waves import Memory, waves
 
-OF_BLOCKS = [forms._BLOCKS, forms._BLOCKS_CPU]
-OF_ENTRIES = [forms._BLOCKS, forms._BLOCKS_CPU, forms._CSR, forms._CSR_CPU]
+OF_BLOCKS = [forms.BLOCKS, forms.BLOCKS_CPU]
+OF_ENTRIES = [forms.BLOCKS, forms.BLOCKS_CPU, forms.CSR, forms.CSR_CPU]
 
 
 def _skip_unless_available(form: forms.Form) -> None:
     x = torch.empty(0)
-    if form is forms._CSR and not csr.available(x.device):
+    if form is forms.CSR and not csr.available(x.device):
         pytest.skip("PyTorch was built without MKL")
-    if form is forms._CSR_CPU and not csr_cpu.available(x):
+    if form is forms.CSR_CPU and not csr_cpu.available(x):
         pytest.skip("numba is not installed")
-    if form is forms._BLOCKS_CPU and not blocks_cpu.available(x):
+    if form is forms.BLOCKS_CPU and not blocks_cpu.available(x):
         pytest.skip("this PyTorch has no batched BLAS")
 
 
@@ -204,3 +204,36 @@ def test_what_is_remembered_ends_with_a_change() -> None:
     assert memory.get((offsets, index.clone()), "a", make) == 4
     with torch.inference_mode():
         assert memory.get((torch.tensor([0]), torch.tensor([0])), "a", make) == 5
+
+
+class _OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU, where there is none to ask."""
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+
+@pytest.mark.parametrize(
+    ("block", "dtype", "linear", "conv"),
+    [
+        ((16, 16), torch.bfloat16, forms.BLOCKS_GPU, forms.CONV_GPU),
+        ((128, 32), torch.float32, forms.BLOCKS_GPU, forms.CONV_GPU),
+        ((1, 1), torch.float16, forms.CSR_GPU, None),
+    ],
+)
+def test_which_kernels_serve_a_gpu(
+    block: tuple[int, int],
+    dtype: torch.dtype,
+    linear: forms.Form,
+    conv: forms.Form | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forms, "_triton", lambda: True)
+    monkeypatch.setattr(blocks_cpu, "available", lambda x: False)
+    x = torch.empty(0, dtype=dtype).as_subclass(_OnGpu)
+    assert forms.linear_form(x, block) is linear
+    assert forms.conv_form(x, block) is conv
+    monkeypatch.setattr(forms, "_triton", lambda: False)
+    assert forms.linear_form(x, block).name not in ("block_sparse", "csr_gpu")
+    assert forms.conv_form(x, block) is None

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from triton_kernels import blocks, blocks_cpu, conv_cpu, csr, csr_cpu
+from triton_kernels import (
+    block_conv,
+    block_sparse,
+    blocks,
+    blocks_cpu,
+    conv_cpu,
+    csr,
+    csr_cpu,
+    csr_gpu,
+)
 
 
 class Form(NamedTuple):
@@ -20,26 +32,69 @@ class Form(NamedTuple):
     weight_gradient: Callable[..., Tensor]
 
 
-_BLOCKS = Form("blocks", blocks.forward, blocks.input_gradient, blocks.weight_gradient)
-_BLOCKS_CPU = Form(
-    "blocks_cpu", blocks_cpu.forward, blocks_cpu.input_gradient, blocks_cpu.weight_gradient
-)
-_CSR = Form("csr", csr.product, csr.product, csr.weight_gradient)
-_CSR_CPU = Form("csr_cpu", csr_cpu.product, csr_cpu.product, csr_cpu.weight_gradient)
-_CONV_CPU = Form("conv_cpu", conv_cpu.forward, conv_cpu.input_gradient, conv_cpu.weight_gradient)
-
-
 def linear_form(x: Tensor, block: tuple[int, int]) -> Form:
     """The fastest there is for activations like ``x`` and a weight in such blocks."""
-    if tuple(block) == (1, 1):
-        if csr_cpu.available(x):
-            return _CSR_CPU
-        return _CSR if csr.available(x.device) else _BLOCKS
-    return _BLOCKS_CPU if blocks_cpu.available(x) else _BLOCKS
+    single = tuple(block) == (1, 1)
+    if x.is_cuda and _triton() and single and x.dtype in block_sparse.DTYPES:
+        return CSR_GPU
+    if x.is_cuda and _triton() and block_sparse.supports(block, x.dtype):
+        return BLOCKS_GPU
+    if single and csr_cpu.available(x):
+        return CSR_CPU
+    if single and csr.available(x.device):
+        return CSR
+    return BLOCKS_CPU if blocks_cpu.available(x) else BLOCKS
 
 
 def conv_form(x: Tensor, block: tuple[int, int]) -> Form | None:
     """The same for a convolution; None where a scattered weight is the only way."""
-    if tuple(block) == (1, 1):
-        return None
-    return _CONV_CPU if blocks_cpu.available(x) else None
+    if x.is_cuda and _triton() and block_sparse.supports(block, x.dtype):
+        return CONV_GPU
+    return CONV_CPU if tuple(block) != (1, 1) and blocks_cpu.available(x) else None
+
+
+@cache
+def _triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _conv_gpu_forward(x: Tensor, *args: object) -> Tensor:
+    return _ordered_like(x, block_conv.forward(x, *args))  # type: ignore[arg-type]
+
+
+def _conv_gpu_input_gradient(
+    dy: Tensor,
+    values: Tensor,
+    col_offsets: Tensor,
+    rows_t: Tensor,
+    slots_t: Tensor,
+    x: Tensor,
+    *geometry: Sequence[int],
+) -> Tensor:
+    order = (col_offsets, rows_t, slots_t)
+    return _ordered_like(x, block_conv.input_gradient(dy, values, *order, x.shape, *geometry))
+
+
+def _ordered_like(x: Tensor, y: Tensor) -> Tensor:
+    """The kernels write channels-last: a copy where the network is not."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+BLOCKS = Form("blocks", blocks.forward, blocks.input_gradient, blocks.weight_gradient)
+BLOCKS_CPU = Form(
+    "blocks_cpu", blocks_cpu.forward, blocks_cpu.input_gradient, blocks_cpu.weight_gradient
+)
+BLOCKS_GPU = Form(
+    "block_sparse", block_sparse.forward, block_sparse.input_gradient, block_sparse.weight_gradient
+)
+CSR = Form("csr", csr.product, csr.product, csr.weight_gradient)
+CSR_CPU = Form("csr_cpu", csr_cpu.product, csr_cpu.product, csr_cpu.weight_gradient)
+CSR_GPU = Form("csr_gpu", csr_gpu.product, csr_gpu.product, csr_gpu.weight_gradient)  # type: ignore[has-type]
+CONV_CPU = Form("conv_cpu", conv_cpu.forward, conv_cpu.input_gradient, conv_cpu.weight_gradient)
+CONV_GPU = Form(
+    "block_conv",
+    _conv_gpu_forward,
+    _conv_gpu_input_gradient,
+    block_conv.weight_gradient,  # type: ignore[has-type]
+)
