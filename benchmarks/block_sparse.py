@@ -1,7 +1,7 @@
 """Sparse products against the dense ones of the same size, side by side in one process.
 
     python benchmarks/block_sparse.py                    # about 20 minutes on two quiet cores
-    python benchmarks/block_sparse.py --only square      # or wrn, alexnet, vit, fit, plot
+    python benchmarks/block_sparse.py --only square      # or wrn, alexnet, vit, fit, page
     python benchmarks/block_sparse.py --device cuda --dtype bfloat16 --batches 4096
 
 ``ours`` never forms the weight; ``scattered`` is the other way that a layer may take; ``dense`` is
@@ -10,7 +10,7 @@ alone. ``forward``: without gradients. ``step``: forward, both gradients and SGD
 in turns, and half the distance between their quartiles -> results/block_sparse.csv.
 
 ``fit``: the constants of ``triton_kernels/costs.py`` from these rows, and what ``auto`` would cost.
-``plot``: docs/images/block-sparse.png.
+``page``: the table and the plot of docs/products.md.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import record
 import torch
+from pages import replaced
 from torch import Tensor, nn
 
 from dst.layers import SparseConv2d, SparseLayer, SparseLinear
 from triton_kernels import costs
 
 NAME = "block_sparse"
-IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
 BLOCKS = (1, 16, 32, 64, 128)
 REPEATS, LEAST_SECONDS = 9, 0.25
@@ -85,7 +86,7 @@ BATCHES = {"square": (64, 256), "wrn": (32,), "alexnet": (128,), "vit": (197 * 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    groups = (*BATCHES, "fit", "plot")
+    groups = (*BATCHES, "fit", "page")
     parser.add_argument("--only", nargs="+", choices=groups, default=groups)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -102,8 +103,8 @@ def main() -> None:
                 record.append(NAME, [row])
     if "fit" in options.only:
         fit(_rows(options.device, options.dtype))
-    if "plot" in options.only:
-        plot(_rows(options.device, options.dtype))
+    if "page" in options.only:
+        page(_rows(options.device, options.dtype))
 
 
 def measure(
@@ -255,7 +256,38 @@ def fit(rows: list[dict[str, str]]) -> None:
         )
 
 
-def plot(rows: list[dict[str, str]]) -> None:
+def page(rows: list[dict[str, str]]) -> None:
+    path = DOCS / "products.md"
+    path.write_text(replaced(path.read_text(), "products:steps", _table(rows)))
+    print(path)
+    _plot(rows)
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    """How many times faster than dense a step is, a line a layer and block."""
+    steps = [row for row in rows if row["what"] == "step"]
+    densities = sorted({float(row["density"]) for row in steps}, reverse=True)
+    lines: dict[tuple[str, int, int], dict[tuple[str, float], float]] = {}
+    for row in steps:
+        line = lines.setdefault((row["layer"], int(row["batch"]), int(row["block"])), {})
+        line[row["way"], float(row["density"])] = float(row["ms"])
+    head = ["layer", "batch", "block", "dense, ms", *(f"density {d:g}" for d in densities)]
+    text = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for (layer, batch, block), ms in sorted(lines.items()):
+        dense = statistics.median(value for (way, _), value in ms.items() if way == "dense")
+        ratios = (ms["dense", d] / ms["ours", d] if ("ours", d) in ms else None for d in densities)
+        cells = ["" if ratio is None else f"{ratio:.2g}" for ratio in ratios]
+        text.append(f"| {layer} | {batch} | {block} | {dense:.1f} | {' | '.join(cells)} |")
+    last = max(steps, key=lambda row: row["date"])
+    text.append("")
+    text.append(
+        f"{last['hardware']}, {last['threads']} threads, PyTorch {last['torch']}, {last['date']}. "
+        "Times of one training step, each dense step beside its sparse one."
+    )
+    return "\n".join(text)
+
+
+def _plot(rows: list[dict[str, str]]) -> None:
     """Speed-up of a step over dense, against density, a panel a layer."""
     import matplotlib
 
@@ -289,9 +321,9 @@ def plot(rows: list[dict[str, str]]) -> None:
     axes.flat[0].legend(fontsize=7)
     figure.suptitle("A training step (forward, both gradients, SGD) on the CPU")
     figure.tight_layout()
-    IMAGES.mkdir(exist_ok=True)
-    figure.savefig(IMAGES / "block-sparse.png", dpi=110)
-    print(IMAGES / "block-sparse.png")
+    path = DOCS / "images" / "block-sparse.png"
+    figure.savefig(path, dpi=110)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pages import replaced
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 Row = dict[str, str]
@@ -77,7 +77,7 @@ def write(results: Path, docs: Path = DOCS) -> None:
     text = page.read_text()
     for name, (file, section) in SECTIONS.items():
         if rows[file]:
-            text = _replaced(text, name, section(rows[file]))
+            text = replaced(text, f"growth:{name}", section(rows[file]))
     page.write_text(text)
     print(page)
     if rows["growth"]:
@@ -94,14 +94,6 @@ def _rows(path: Path) -> list[Row]:
     rows = [row for row in rows if all(row[key] == rows[-1][key] for key in same)]
     what = ("source", "part", "block", "wanted", "search", "group", "claim", "constant")
     return list({tuple(row.get(key) for key in what): row for row in rows}.values())
-
-
-def _replaced(text: str, name: str, section: str) -> str:
-    begin, end = f"<!-- growth:{name} -->", f"<!-- /growth:{name} -->"
-    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"docs/growth.md has no {begin} ... {end} to write into")
-    return pattern.sub(lambda _: f"{begin}\n{section}\n{end}", text)
 
 
 class _Table:
