@@ -174,19 +174,25 @@ def test_what_multiplies_what() -> None:
     for i, j, k in zip(*(s.tolist() for s in starts), strict=True):
         product = a[i:].as_strided((2, 3), (4, 1)) @ b[j:].as_strided((5, 3), (3, 1)).T
         expected[k:].as_strided((2, 5), (6, 1)).copy_(product)
-    blas.multiply(left, right, place, (2, 5, 3), add=False)
+    blas.multiply(left, right, place, (2, 5, 3), [2])
     torch.testing.assert_close(out, expected, equal_nan=True)
-    blas.multiply(left, right, place, (2, 5, 3), add=True)
+    blas.multiply(left, right, place, (2, 5, 3), [1, 2], add=True)
     torch.testing.assert_close(out, 2 * expected, equal_nan=True)
+    # Two turns at the same place, the first of them into what is there already.
+    alike = [side._replace(starts=side.starts[[0, 0]]) for side in (left, right, place)]
+    blas.multiply(*alike, (2, 5, 3), [1, 2])
+    once = expected[2:].as_strided((2, 5), (6, 1))
+    torch.testing.assert_close(out[2:].as_strided((2, 5), (6, 1)), 2 * once)
     assert not blas.available(torch.float16)
 
 
 def test_no_target_is_added_to_twice_at_once() -> None:
     target = np.array([3, 0, 3, 1, 3, 0])
     turns = waves(target, 5)
-    assert [part.tolist() for part in turns.parts()] == [[1, 3, 0], [5, 2], [4]]
+    assert turns.order.tolist() == [1, 3, 0, 5, 2, 4] and turns.ends == [3, 5, 6]
     assert turns.empty.tolist() == [2, 4]
-    assert waves(target[:0], 2).parts() == [] and waves(target[:0], 2).empty.tolist() == [0, 1]
+    none = waves(target[:0], 2)
+    assert none.order.size == 0 and none.ends == [] and none.empty.tolist() == [0, 1]
 
 
 def test_what_is_remembered_ends_with_a_change() -> None:

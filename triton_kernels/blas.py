@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _ROW_MAJOR, _AS_IT_IS, _TRANSPOSED = 101, 111, 112
+_SCALARS = {torch.float32: np.float32, torch.float64: np.float64}
 _NAMES = {torch.float32: "cblas_sgemm_batch", torch.float64: "cblas_dgemm_batch"}
 # Where PyTorch's wheels keep it.
 _FILES = {"linux": "libtorch_cpu.so", "win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}
@@ -37,9 +38,6 @@ class Matrices(NamedTuple):
     stride: int
     transposed: bool = False
 
-    def of(self, part: NDArray[np.int64]) -> Matrices:
-        return self._replace(starts=self.starts[part])
-
 
 def available(dtype: torch.dtype) -> bool:
     """Whether there is such a library for tensors of this dtype on the CPU."""
@@ -47,41 +45,59 @@ def available(dtype: torch.dtype) -> bool:
 
 
 def multiply(
-    left: Matrices, right: Matrices, out: Matrices, size: tuple[int, int, int], add: bool
+    left: Matrices,
+    right: Matrices,
+    out: Matrices,
+    size: tuple[int, int, int],
+    ends: Sequence[int],
+    add: bool = False,
 ) -> None:
-    """out[i] = left[i] @ right[i], or += where ``add``; no two of ``out`` overlap.
+    """out[i] = left[i] @ right[i], or += where ``add``.
 
-    size: (m, n, k) of each product, (m, k) @ (k, n). All on the CPU, of one dtype that is
-    ``available``. Runs on PyTorch's number of threads, and without the interpreter's lock.
-    Nothing is checked here: matrices must lie inside their tensors.
+    size: (m, n, k) of each product, (m, k) @ (k, n). ends: where each turn ends in the lists; turns
+    follow each other and no two of ``out`` within one overlap. What a turn finds is added to that
+    of the ones before it. All tensors on the CPU, of one dtype that is ``available``. Runs on
+    PyTorch's number of threads, and without the interpreter's lock. Nothing is checked here:
+    matrices must lie inside their tensors.
     """
-    count = out.starts.size
     routine = _routine(out.tensor.dtype)
     assert routine is not None
-    if not count:
-        return
     # One group: a single number each. Eight bytes serve libraries with integers of four, too.
-    m, n, k = (np.array([s], np.int64) for s in size)
-    scalar = np.float32 if out.tensor.dtype == torch.float32 else np.float64
-    transposes = [
-        np.array([_TRANSPOSED if side.transposed else _AS_IT_IS], np.int64)
-        for side in (left, right)
-    ]
-    strides = [np.array([side.stride], np.int64) for side in (left, right, out)]
-    addresses = [_addresses(side) for side in (left, right, out)]
-    alpha, beta = np.ones(1, scalar), np.full(1, add, scalar)
-    arrays = (
-        *transposes,
-        *(m, n, k, alpha),
-        *(addresses[0], strides[0], addresses[1], strides[1]),
-        *(beta, addresses[2], strides[2]),
+    numbers = np.array(
+        [
+            *(_TRANSPOSED if side.transposed else _AS_IT_IS for side in (left, right)),
+            *size,
+            *(side.stride for side in (left, right, out)),
+        ],
+        np.int64,
     )
-    group = np.array([count], np.int64)
-    routine(_ROW_MAJOR, *(a.ctypes.data for a in arrays), 1, group.ctypes.data)
+    factors = np.array([1, add, 1], _SCALARS[out.tensor.dtype])
+    addresses = [
+        side.tensor.data_ptr() + side.starts * side.tensor.element_size()
+        for side in (left, right, out)
+    ]
+    number, factor = (_cells(array) for array in (numbers, factors))
+    lists = [array.ctypes.data for array in addresses]
+    counts = np.diff(ends, prepend=0)
+    at = 0
+    for turn, (count, group) in enumerate(zip(counts.tolist(), _cells(counts), strict=True)):
+        if count:
+            a, b, c = (first + 8 * at for first in lists)
+            beta = factor[1 if turn == 0 else 2]
+            routine(
+                _ROW_MAJOR,
+                *number[:5],
+                factor[0],
+                *(a, number[5], b, number[6]),
+                *(beta, c, number[7]),
+                *(1, group),
+            )
+        at += count
 
 
-def _addresses(side: Matrices) -> NDArray[np.int64]:
-    return side.tensor.data_ptr() + side.starts * side.tensor.element_size()
+def _cells(array: NDArray[Any]) -> list[int]:
+    """The address of each element."""
+    return [array.ctypes.data + i * array.itemsize for i in range(array.size)]
 
 
 @cache

@@ -2,7 +2,7 @@
 of them are one call (see ``triton_kernels.blas`` and ``waves``).
 
 Work and memory follow the alive blocks: beside the result there is a copy of some hundred rows of
-the activations.
+the activations. Sums run in a fixed order on one number of threads.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from triton_kernels import blas
 from triton_kernels.blas import Matrices
-from triton_kernels.waves import Waves, add_products, blocks_of, waves_of
+from triton_kernels.waves import Memory, Waves, add_products, blocks_of, waves_of
 
 # Rows of a batch that are copied and multiplied at a time.
 ROWS = 512
+
+_kept = Memory()
 
 
 def available(x: Tensor) -> bool:
@@ -59,13 +61,14 @@ def weight_gradient(
     whole = capacity == cols.numel() and len(x) > 0
     grad = (torch.empty if whole else torch.zeros)(capacity, bh, bw, dtype=wide(x.dtype))
     for start, stop in _chunks(len(x)):
-        left, right = planes(dy[start:stop], bh), planes(x[start:stop], bw)
+        left, right = _planes(dy, start, stop, bh), _planes(x, start, stop, bw)
         rows = stop - start
         blas.multiply(
             Matrices(left, blocks.major * (rows * bh), bh, transposed=True),
             Matrices(right, blocks.minor * (rows * bw), bw),
             Matrices(grad, blocks.slots * (bh * bw), bw),
             (bh, bw, rows),
+            [cols.numel()],
             add=start > 0,
         )
     return grad.to(x.dtype)
@@ -84,7 +87,7 @@ def _product(
     out = x.new_empty(len(x), n)
     for start, stop in _chunks(len(x)):
         rows = stop - start
-        source = planes(x[start:stop], depth)
+        source = _planes(x, start, stop, depth)
         sums = _targets(source, targets, rows, width, turns)
         add_products(
             source,
@@ -110,6 +113,14 @@ def _targets(like: Tensor, targets: int, rows: int, width: int, turns: Waves) ->
 def _chunks(rows: int) -> Iterator[tuple[int, int]]:
     for start in range(0, rows, ROWS):
         yield start, min(start + ROWS, rows)
+
+
+def _planes(x: Tensor, start: int, stop: int, width: int) -> Tensor:
+    """Planes of some rows. Of a batch that is one piece they are kept as long as x lives: the
+    gradient of the weight needs those of the forward product, and of the input's gradient."""
+    if len(x) <= ROWS:
+        return _kept.get((x,), width, lambda: planes(x, width))
+    return planes(x[start:stop], width)
 
 
 def planes(x: Tensor, width: int) -> Tensor:

@@ -183,6 +183,7 @@ def weight_gradient(
             Matrices(right, _input_starts(blocks.minor, length, bw, geometry), bw),
             Matrices(grad, blocks.slots * (bh * bw), bw),
             (bh, bw, length),
+            [cols.numel()],
             add=True,
         )
     return grad.to(x.dtype)

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from triton_kernels.waves import Memory
+
 # Numbers in a tile of the batch, in vectors of 16: no more than the batch fills.
 _VECTORS = (1, 2, 4)
 # Fewer products than this are not worth a second thread.
@@ -33,16 +35,19 @@ def available(x: Tensor) -> bool:
     return x.device.type == "cpu" and _numba()
 
 
+_kept = Memory()
+
+
 def product(
     x: Tensor, values: Tensor, offsets: Tensor, index: Tensor, slots: Tensor, width: int
 ) -> Tensor:
     """x: (batch, n) -> (batch, width) = x M^T, where M: (width, n) is given by its compressed rows
     and ``values[slots]``. With the transposed order of a weight, its input gradient."""
-    tiles = _tiles(x)
-    weights = values.view(-1).index_select(0, slots).to(tiles.dtype)
-    sums = tiles.new_empty(len(tiles), width, tiles.shape[2])
-    multiply, _ = _kernels(tiles)
-    _share(multiply, offsets, len(x), (tiles, weights), (offsets, index, sums))
+    own = _tiles(x)
+    weights = values.view(-1).index_select(0, slots).to(own.dtype)
+    sums = own.new_empty(len(own), width, own.shape[2])
+    multiply, _ = _kernels(own)
+    _share(multiply, offsets, len(x), (own, weights), (offsets, index, sums))
     return sums.transpose(1, 2).flatten(0, 1)[: len(x)].to(x.dtype)
 
 
@@ -65,14 +70,19 @@ def weight_gradient(
     return grad
 
 
-def _kernels(tiles: Tensor) -> tuple[Callable[..., None], Callable[..., None]]:
+def _kernels(tiled: Tensor) -> tuple[Callable[..., None], Callable[..., None]]:
     # Not at the top: numba takes a second to import.
     from triton_kernels.csr_numba import kernels
 
-    return kernels(tiles.shape[2] // 16)
+    return kernels(tiled.shape[2] // 16)
 
 
 def _tiles(x: Tensor) -> Tensor:
+    """Kept as long as x lives: the gradient of the weight needs those of the other two products."""
+    return _kept.get((x,), "tiles", lambda: tiles(x))
+
+
+def tiles(x: Tensor) -> Tensor:
     """(batch, n) -> (tiles, n, batch in a tile), zero-padded, in single precision at least."""
     batch, n = x.shape
     tile = 16 * next((v for v in _VECTORS if 16 * v >= batch), _VECTORS[-1])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
-from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -34,9 +33,6 @@ class Waves(NamedTuple):
     order: Index
     ends: list[int]
     empty: Index
-
-    def parts(self) -> list[Index]:
-        return [self.order[a:b] for a, b in pairwise([0, *self.ends])]
 
 
 def waves(target: Index, targets: int) -> Waves:
@@ -74,14 +70,13 @@ def add_products(
     block adds to is left as it is.
     """
     rows, k, n = size
-    for number, wave in enumerate(order.parts()):
-        blas.multiply(
-            Matrices(source, source_starts[wave], k),
-            weight.of(wave),
-            Matrices(out, out_starts[wave], n),
-            (rows, n, k),
-            add=number > 0,
-        )
+    blas.multiply(
+        Matrices(source, source_starts[order.order], k),
+        weight._replace(starts=weight.starts[order.order]),
+        Matrices(out, out_starts[order.order], n),
+        (rows, n, k),
+        order.ends,
+    )
 
 
 class Memory:
