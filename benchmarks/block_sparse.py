@@ -40,6 +40,7 @@ NAME = "block_sparse"
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02)
 BLOCKS = (1, 16, 32, 64, 128)
+COLOURS = {1: "tab:blue", 16: "tab:orange", 32: "tab:green", 64: "tab:red", 128: "tab:purple"}
 REPEATS, MOST_SECONDS = 7, 6.0
 
 
@@ -311,11 +312,13 @@ def _plot(rows: list[dict[str, str]]) -> None:
             densities = sorted({d for _, d in ms})
             ratios = [ms["dense", d] / ms["ours", d] for d in densities]
             label = f"block {block}" if block > 1 else "single weights"
-            ax.plot(densities, ratios, marker="o", ms=3, label=label)
+            ax.plot(densities, ratios, marker="o", ms=3, label=label, color=COLOURS.get(block))
         ax.plot(densities, [1 / d for d in densities], color="0.7", ls=":", label="1 / density")
         ax.axhline(1, color="0.5", lw=0.8)
         ax.set(xscale="log", yscale="log", title=f"{name}, batch {batch}")
         ax.set(xlabel="density", ylabel="dense time / sparse time")
+        ax.set_xticks(densities, [f"{d:g}" for d in densities])
+        ax.set_xticks([], minor=True)
     for ax in axes.flat[len(layers) :]:
         ax.set_axis_off()
     axes.flat[0].legend(fontsize=7)

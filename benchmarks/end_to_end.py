@@ -69,7 +69,7 @@ def step_of(name: str, way: str, batch: int) -> Callable[[], float]:
         loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
-        return float(loss)
+        return loss.item()
 
     return step
 

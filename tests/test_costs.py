@@ -22,10 +22,10 @@ def _layer(density: float, **changes: Any) -> costs.Layer:
     ("density", "changes", "expected"),
     [
         (0.1, {}, "sparse"),
-        (0.9, {}, "dense"),
+        (0.9, {"block": (16, 16)}, "dense"),
         (0.05, {"block": (128, 128)}, "sparse"),
         (0.02, {"block": (1, 1)}, "sparse"),
-        (0.5, {"block": (1, 1)}, "dense"),
+        (0.9, {"block": (1, 1), "rows": 4096, "padded": 4096}, "dense"),
         (0.02, {"block": (1, 1), "taps": 9, "n_in": 9 * 256}, "dense"),  # there is no such product
         (0.05, {"taps": 9, "n_in": 9 * 256}, "sparse"),
         (0.1, {"n_out": 32, "n_in": 32}, "dense"),  # too little to save

@@ -27,7 +27,7 @@ def test_in_the_interpreter(file: Path) -> None:
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
     )
     if done.returncode != 0:
         pytest.fail(f"in the interpreter:\n{done.stdout}{done.stderr}", pytrace=False)

@@ -247,7 +247,11 @@ def test_linear_opcheck(compute: str, block: tuple[int, int]) -> None:
     x = torch.randn(3, 7, requires_grad=True)
     layout = case.topology.layout
     torch.library.opcheck(
-        torch.ops.sparsegrow.linear.default, (x, values, *layout[:6], 5, compute == "sparse")
+        torch.ops.sparsegrow.linear.default, (x, values, None, *layout[:6], 5, compute == "sparse")
+    )
+    bias = torch.randn(5, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.sparsegrow.linear.default, (x, values, bias, *layout[:6], 5, compute == "sparse")
     )
     dy = torch.randn(3, 5)
     for needs in ((True, True), (False, True), (True, False)):

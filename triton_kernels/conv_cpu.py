@@ -26,10 +26,8 @@ POSITIONS = 2048
 
 
 class Geometry(NamedTuple):
-    """Where a convolution's positions lie. Sizes in positions of one phase.
-
-    height, width: of a phase, padding included. images: how many are multiplied at a time.
-    """
+    """Where a convolution's positions lie. size, out: height and width of its input and output;
+    kernel, stride, padding, dilation: down and across."""
 
     channels: int
     size: tuple[int, int]
@@ -58,12 +56,12 @@ class Geometry(NamedTuple):
 
     @property
     def phase(self) -> tuple[int, int]:
-        """Height and width of a phase."""
-        high, wide_ = (
+        """Height and width of a phase, padding included."""
+        high, across = (
             -(-(n + 2 * p) // s)
             for n, p, s in zip(self.size, self.padding, self.stride, strict=True)
         )
-        return high, wide_
+        return high, across
 
     @property
     def positions(self) -> int:
@@ -72,6 +70,7 @@ class Geometry(NamedTuple):
 
     @property
     def images(self) -> int:
+        """How many are multiplied at a time."""
         return max(1, POSITIONS // max(1, self.positions))
 
     def taps(self) -> tuple[Index, Index]:

@@ -37,15 +37,15 @@ class Layer(NamedTuple):
 
 # One training step (forward and both gradients) on the CPU, in nanoseconds of the machine that
 # benchmarks/block_sparse.py measured; only ratios matter. What each counts: see the ``_parts``.
-NS_DENSE, NS_DENSE_CONV = (0.0095, 6.0), (0.0098, 6.0)
-# By the smaller side of a block; 1: single weights.
+NS_DENSE, NS_DENSE_CONV = (0.0046, 8.8, 40.0), (0.0073, 20.0, 40.0)
+# By the smaller side of a block; 1: single weights. Below 16, where nothing was measured, of 2.
 NS_SPARSE = {
-    1: (0.04, 6.0, 2.0),
-    2: (0.3, 300.0, 2.0),
-    16: (0.022, 300.0, 2.0),
-    32: (0.0145, 300.0, 2.0),
-    64: (0.0125, 300.0, 2.0),
-    128: (0.011, 300.0, 2.0),
+    1: (0.026, 15.0, 9.0),
+    2: (0.3, 300.0, 5.5),
+    16: (0.0145, 300.0, 5.5),
+    32: (0.0105, 120.0, 4.8),
+    64: (0.0077, 300.0, 5.3),
+    128: (0.0071, 300.0, 5.6),
 }
 # Rows that the products of blocks take at a time (``blocks_cpu``, ``conv_cpu``).
 ROWS_AT_ONCE = 512
@@ -83,9 +83,11 @@ def dense_step_ns(layer: Layer) -> float:
 
 
 def dense_parts(layer: Layer) -> tuple[float, ...]:
-    """FLOPs of the dense products; entries of the weight, which are scattered and gathered."""
+    """FLOPs of the dense products; entries of the weight, written and read; single weights, which
+    are scattered and gathered one by one."""
     entries = layer.n_out * layer.n_in
-    return 6.0 * layer.rows * entries, float(entries)
+    singles = layer.alive if layer.block == (1, 1) else 0
+    return 6.0 * layer.rows * entries, float(entries), float(singles)
 
 
 def sparse_step_ns(layer: Layer) -> float:

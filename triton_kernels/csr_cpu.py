@@ -124,5 +124,6 @@ def _pool() -> Any:
     return ThreadPoolExecutor(os.cpu_count(), "sparsegrow")
 
 
-# Threads do not survive a fork.
-os.register_at_fork(after_in_child=_pool.cache_clear)
+if hasattr(os, "register_at_fork"):
+    # Threads do not survive a fork.
+    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -24,12 +24,13 @@ from triton_kernels import (
 
 class Form(NamedTuple):
     """The three products of a layer, with the arguments of those in ``blocks``, or, for a
-    convolution, of those in ``conv_cpu``."""
+    convolution, of those in ``conv_cpu``. takes_bias: whether the forward one takes it as well."""
 
     name: str
     forward: Callable[..., Tensor]
     input_gradient: Callable[..., Tensor]
     weight_gradient: Callable[..., Tensor]
+    takes_bias: bool = False
 
 
 def linear_form(x: Tensor, block: tuple[int, int]) -> Form:
@@ -86,7 +87,11 @@ BLOCKS_CPU = Form(
     "blocks_cpu", blocks_cpu.forward, blocks_cpu.input_gradient, blocks_cpu.weight_gradient
 )
 BLOCKS_GPU = Form(
-    "block_sparse", block_sparse.forward, block_sparse.input_gradient, block_sparse.weight_gradient
+    "block_sparse",
+    block_sparse.forward,
+    block_sparse.input_gradient,
+    block_sparse.weight_gradient,
+    takes_bias=True,
 )
 CSR = Form("csr", csr.product, csr.product, csr.weight_gradient)
 CSR_CPU = Form("csr_cpu", csr_cpu.product, csr_cpu.product, csr_cpu.weight_gradient)

@@ -23,9 +23,8 @@ def sparse_linear(
     if x.shape[-1] != layout.n_in:
         raise ValueError(f"x has {x.shape[-1]} features, but the weight has {layout.n_in} inputs")
     x, values, bias = cast_for_autocast(x, values, bias)
-    y = _linear(x.reshape(-1, layout.n_in), values, *layout[:6], layout.n_out, compute == "sparse")
-    if bias is not None:
-        y = y + bias
+    flat = x.reshape(-1, layout.n_in)
+    y = _linear(flat, values, bias, *layout[:6], layout.n_out, compute == "sparse")
     return y.view(*x.shape[:-1], layout.n_out)
 
 
@@ -49,6 +48,7 @@ def cast_for_autocast(
 def _linear(
     x: Tensor,
     values: Tensor,
+    bias: Tensor | None,
     row_offsets: Tensor,
     cols: Tensor,
     slots: Tensor,
@@ -58,17 +58,23 @@ def _linear(
     n_out: int,
     sparse: bool,
 ) -> Tensor:
-    if not sparse:
+    if sparse:
+        form = linear_form(x, (values.shape[1], values.shape[2]))
+        if form.takes_bias:
+            return form.forward(x, values, row_offsets, cols, slots, n_out, bias)
+        y = form.forward(x, values, row_offsets, cols, slots, n_out).contiguous()
+    else:
         weight = scatter(values, row_offsets, cols, slots, n_out, 1, x.shape[1])
-        return x @ weight.view(n_out, -1).T
-    form = linear_form(x, (values.shape[1], values.shape[2]))
-    return form.forward(x, values, row_offsets, cols, slots, n_out).contiguous()
+        y = x @ weight.view(n_out, -1).T
+    # Its own memory: another tensor of the size of y would be written and read for nothing.
+    return y if bias is None else y.add_(bias)
 
 
 @_linear.register_fake
 def _(
     x: Tensor,
     values: Tensor,
+    bias: Tensor | None,
     row_offsets: Tensor,
     cols: Tensor,
     slots: Tensor,
@@ -139,12 +145,15 @@ def _(
 def _setup(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: Tensor
 ) -> None:
-    *tensors, _, ctx.sparse = inputs  # type: ignore[attr-defined]
-    ctx.save_for_backward(*tensors)
+    x, values, _, *layout, _, ctx.sparse = inputs  # type: ignore[attr-defined]
+    ctx.save_for_backward(x, values, *layout)
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    need_x, need_values = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+    need_x, need_values, need_bias = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
+    dbias = dy.sum(0) if need_bias else None
+    if not need_x and not need_values:
+        return (None, None, dbias, *[None] * 8)
     dx, dvalues = _linear_backward(
         dy.contiguous(),
         *ctx.saved_tensors,  # type: ignore[attr-defined]
@@ -152,7 +161,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Ten
         need_x,
         need_values,
     )
-    return (dx if need_x else None, dvalues if need_values else None, *[None] * 8)
+    return (dx if need_x else None, dvalues if need_values else None, dbias, *[None] * 8)
 
 
 _linear.register_autograd(_backward, setup_context=_setup)

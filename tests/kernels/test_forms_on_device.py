@@ -21,6 +21,9 @@ def test_linear(block: tuple[int, int], device: torch.device) -> None:
     close = {"rtol": 1e-4, "atol": 1e-4}
     y = form.forward(x, values, *layout[:3], 37)
     torch.testing.assert_close(y.cpu().double(), x.cpu().double() @ weight.T, **close)
+    if form.takes_bias:
+        bias = torch.randn(37, device=device)
+        torch.testing.assert_close(form.forward(x, values, *layout[:3], 37, bias), y + bias)
     dx = form.input_gradient(dy, values, *layout[3:], 50)
     torch.testing.assert_close(dx.cpu().double(), dy.cpu().double() @ weight, **close)
     gradient = form.weight_gradient(x, dy, *layout[:3], len(values), block)
