@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 from sparse_case import Case, topology_of
 
+from dst import SparseConv2d
 from growth import Grid
 from triton_kernels import blas, blocks, blocks_cpu, conv_cpu, csr, csr_cpu, forms
 from triton_kernels.waves import Memory, waves
@@ -125,6 +126,13 @@ def test_images_in_several_pieces(positions: int, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(own, y)
         torch.testing.assert_close(dx, x.grad)
         case.check_gradient(dense.grad.permute(0, 2, 3, 1).flatten(1), 1e-11)
+
+
+@pytest.mark.parametrize("compute", ["auto", "dense", "sparse"])
+def test_an_image_smaller_than_the_kernel_is_refused(compute: str) -> None:
+    layer = SparseConv2d(16, 16, 5, density=0.5, block=(16, 16), compute=compute)
+    with pytest.raises((ValueError, RuntimeError), match=r"too small for kernel|greater than"):
+        layer(torch.randn(1, 16, 4, 4))
 
 
 def test_convolution_forms_no_weight() -> None:

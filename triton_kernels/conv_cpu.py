@@ -51,6 +51,11 @@ class Geometry(NamedTuple):
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, p, d, k, s in zip(size, padding, dilation, kernel, stride, strict=True)
         )
+        if min(out) < 1:
+            raise ValueError(
+                f"an input of {size[0]} x {size[1]} is too small for kernel {tuple(kernel)}, "
+                f"padding {tuple(padding)} and dilation {tuple(dilation)}"
+            )
         pairs = (tuple(pair) for pair in (out, kernel, stride, padding, dilation))
         return cls(x_shape[1], size, *pairs)  # type: ignore[arg-type]
 
