@@ -20,6 +20,7 @@ from triton_kernels import (
     csr_cpu,
     csr_gpu,
 )
+from triton_kernels.waves import Memory
 
 
 class Form(NamedTuple):
@@ -59,6 +60,10 @@ def _triton() -> bool:
     return find_spec("triton") is not None
 
 
+# In what order the input's gradient walks the blocks of a topology.
+_orders = Memory()
+
+
 def _conv_gpu_forward(x: Tensor, *args: object) -> Tensor:
     return _ordered_like(x, block_conv.forward(x, *args))  # type: ignore[arg-type]
 
@@ -72,8 +77,12 @@ def _conv_gpu_input_gradient(
     x: Tensor,
     *geometry: Sequence[int],
 ) -> Tensor:
-    order = (col_offsets, rows_t, slots_t)
-    return _ordered_like(x, block_conv.input_gradient(dy, values, *order, x.shape, *geometry))
+    tensors = (col_offsets, rows_t, slots_t)
+    how = tuple(tuple(pair) for pair in geometry)
+    n_rows = -(-dy.shape[1] // values.shape[1])
+    order = _orders.get(tensors, how, lambda: block_conv.input_order(*tensors, n_rows, *how))
+    dx = block_conv.input_gradient(dy, values, *tensors, x.shape, *how, order=order)
+    return _ordered_like(x, dx)
 
 
 def _ordered_like(x: Tensor, y: Tensor) -> Tensor:
