@@ -136,11 +136,20 @@ def test_ramps_to_densities_that_cannot_be(to: float) -> None:
         density_ramp(model, to=0.2, end=3, distribution="erks")
 
 
-def test_products_are_chosen_for_the_end_of_the_ramp() -> None:
+def test_products_are_chosen_anew_along_the_ramp() -> None:
     model = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 1024))
-    end = sparsify(copy.deepcopy(model), density=0.02, skip=())
-    ramped = sparsify(model, density=1.0, ramp_to=0.02, skip=())
-    assert [la.compute for la in ramped] == [la.compute for la in end] == ["sparse", "sparse"]
+    layer = sparsify(model, density=1.0, ramp_to=0.02, skip=())[0]
+    x = torch.randn(4096, 1024)
+    layer(x)
+    first = layer.chosen
+    assert first.alive == 1024 * 1024 and first.way == "dense"
+    keys = layer.topology.keys()
+    layer.topology.edit(dst.Change(keys[1024 * 1000 :], keys[:0]))
+    layer(x)
+    assert layer.chosen is first  # 2 % fewer
+    layer.topology.edit(dst.Change(keys[1024 * 20 : 1024 * 1000], keys[:0]))
+    layer(x)
+    assert layer.chosen.alive == 1024 * 20 and layer.chosen.way == "sparse"
 
 
 def test_a_model_whose_counts_changed_loads_into_a_fresh_one() -> None:
