@@ -1,6 +1,5 @@
 """Density that changes over a run."""
 
-import copy
 import dataclasses
 
 import pytest
