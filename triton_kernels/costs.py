@@ -38,10 +38,12 @@ class Layer(NamedTuple):
 # One training step (forward and both gradients) on the CPU, in nanoseconds of the machine that
 # benchmarks/block_sparse.py measured; only ratios matter. What each counts: see the ``_parts``.
 NS_DENSE, NS_DENSE_CONV = (0.0046, 8.8, 40.0), (0.0073, 20.0, 40.0)
-# By the smaller side of a block; 1: single weights. Below 16, where nothing was measured, of 2.
+# By the smaller side of a block; 1: single weights. That of 2 was not measured.
 NS_SPARSE = {
     1: (0.026, 15.0, 9.0),
-    2: (0.3, 300.0, 5.5),
+    2: (0.6, 300.0, 7.0),
+    4: (0.17, 300.0, 7.0),
+    8: (0.064, 300.0, 5.5),
     16: (0.0145, 300.0, 5.5),
     32: (0.0105, 120.0, 4.8),
     64: (0.0077, 300.0, 5.3),
