@@ -102,7 +102,7 @@ def _cells(array: NDArray[Any]) -> list[int]:
 
 @cache
 def _routine(dtype: torch.dtype) -> Callable[..., Any] | None:
-    """The library's function; None where there is none, or where it fails a small product."""
+    """The library's function; None where there is none."""
     if sys.byteorder != "little" or dtype not in _NAMES:
         return None
     path = Path(torch.__file__).parent / "lib" / _FILES.get(sys.platform, "")
