@@ -6,18 +6,16 @@ which each nonzero reads one row.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from triton_kernels import threads
 from triton_kernels.waves import Memory
 
 # Numbers in a tile of the batch, in vectors of 16: no more than the batch fills.
@@ -108,22 +106,8 @@ def _share(
     arrays = [t.numpy() for t in (*tensors, *rest)]
     ends = offsets.numpy()
     rows, nonzeros = len(ends) - 1, int(ends[-1])
-    threads = torch.get_num_threads() if nonzeros * batch >= _SHARED else 1
-    bounds = np.searchsorted(ends, np.arange(1, threads) * nonzeros // threads)
+    count = torch.get_num_threads() if nonzeros * batch >= _SHARED else 1
+    bounds = np.searchsorted(ends, np.arange(1, count) * nonzeros // count)
     cuts = [0, *bounds.tolist(), rows]
     parts = [(a, b) for a, b in pairwise(cuts) if a < b]
-    others = [_pool().submit(kernel, *arrays, a, b) for a, b in parts[1:]]
-    if parts:
-        kernel(*arrays, *parts[0])
-    for other in others:
-        other.result()
-
-
-@cache
-def _pool() -> Any:
-    return ThreadPoolExecutor(os.cpu_count(), "sparsegrow")
-
-
-if hasattr(os, "register_at_fork"):
-    # Threads do not survive a fork.
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    threads.run(kernel, arrays, parts)

@@ -101,7 +101,9 @@ def heuristic(
     side_out = block[1] if kernel.endswith("input_gradient") else block[0]
     tile_m = min(samples, 128 if half else 64)
     tile_k = 64 if half else 32
-    warps = 8 if tile_m * side_out > 128 * 64 else 4
+    # A convolution needs registers for its positions and taps beside the sums.
+    most = 64 * 64 if kernel.startswith("conv_") else 128 * 64
+    warps = 8 if tile_m * side_out > most else 4
     step = (tile_m + side_out) * tile_k * dtype.itemsize
     # Which block comes next is itself loaded, and every second stage goes to that: five stages hold
     # up to three steps, and should leave room for another program.

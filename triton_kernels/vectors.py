@@ -1,0 +1,120 @@
+"""Loops over vector registers, for kernels that numba compiles: what the compiler does not do by
+itself is written in its intermediate language.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+# Numbers in a vector: one register of AVX-512, two of AVX2, four of NEON.
+WIDTH = 16
+INDEX = ir.IntType(64)
+
+
+class Loop:
+    """Runs over nonzeros [first, last) while values are carried from one to the next."""
+
+    def __init__(self, context: Any, builder: Any, signature: Any, args: Any) -> None:
+        self.context, self.builder = context, builder
+        self.signature, self.args = signature, args
+
+    def data(self, at: int) -> Any:
+        """Address of the first element of an array argument."""
+        kind = self.signature.args[at]
+        return self.context.make_array(kind)(self.context, self.builder, self.args[at]).data
+
+    def run(
+        self, first: Any, last: Any, carried: list[Any], body: Callable[..., Any], step: int = 1
+    ) -> list[Any]:
+        """body(k, values) -> values, every ``step``-th k. Returns the last ones."""
+        builder = self.builder
+        entry = builder.block
+        loop, done = builder.append_basic_block(), builder.append_basic_block()
+        builder.cbranch(builder.icmp_signed("<", first, last), loop, done)
+        builder.position_at_end(loop)
+        k = builder.phi(INDEX)
+        k.add_incoming(first, entry)
+        values = [builder.phi(value.type) for value in carried]
+        for phi, value in zip(values, carried, strict=True):
+            phi.add_incoming(value, entry)
+        new = body(k, values)
+        following = builder.add(k, ir.Constant(INDEX, step))
+        k.add_incoming(following, loop)
+        for phi, value in zip(values, new, strict=True):
+            phi.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", following, last), loop, done)
+        builder.position_at_end(done)
+        results = [builder.phi(value.type) for value in carried]
+        for phi, before, after in zip(results, carried, new, strict=True):
+            phi.add_incoming(before, entry)
+            phi.add_incoming(after, loop)
+        return results
+
+    def row(self, x: Any, index: Any, k: Any, length: int) -> Any:
+        """Address of the row of x that nonzero k refers to."""
+        builder = self.builder
+        at = builder.load(builder.gep(index, [k]))
+        if at.type != INDEX:
+            at = builder.sext(at, INDEX)
+        return builder.gep(x, [builder.mul(at, ir.Constant(INDEX, length))])
+
+    def vectors(self, address: Any, count: int) -> list[Any]:
+        kind = ir.VectorType(address.type.pointee, WIDTH)
+        loaded = []
+        for at in self.places(address, count):
+            value = self.builder.load(self.builder.bitcast(at, kind.as_pointer()))
+            value.align = 4
+            loaded.append(value)
+        return loaded
+
+    def store(self, values: list[Any], address: Any) -> None:
+        for value, at in zip(values, self.places(address, len(values)), strict=True):
+            target = self.builder.bitcast(at, value.type.as_pointer())
+            self.builder.store(value, target).align = 4
+
+    def places(self, address: Any, count: int) -> list[Any]:
+        return [self.builder.gep(address, [ir.Constant(INDEX, WIDTH * i)]) for i in range(count)]
+
+    def fused(self, a: Any, b: Any, c: Any) -> Any:
+        """a * b + c."""
+        letter = "f32" if isinstance(a.type.element, ir.FloatType) else "f64"
+        name, module = f"llvm.fma.v{WIDTH}{letter}", self.builder.module
+        declared = module.globals.get(name)
+        if declared is None:
+            declared = ir.Function(module, ir.FunctionType(a.type, [a.type] * 3), name=name)
+        return self.builder.call(declared, [a, b, c])
+
+    def totals(self, values: list[Any]) -> Any:
+        """The sums of the numbers of each of some vectors, two to the power of something, as one
+        vector of so many."""
+        wanted = len(values)
+        while len(values) > 1:
+            values = [self._paired(a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
+        (sums,) = values
+        while sums.type.count > wanted:
+            sums = self._paired(sums, sums, sums.type.count // 2)
+        return sums
+
+    def _paired(self, a: Any, b: Any, count: int = WIDTH) -> Any:
+        """Sums of neighbours, first those of a, then those of b; the first ``count`` of them."""
+        lanes = ir.VectorType(ir.IntType(32), count)
+        even, odd = (
+            self.builder.shuffle_vector(a, b, ir.Constant(lanes, [2 * i + j for i in range(count)]))
+            for j in (0, 1)
+        )
+        return self.builder.fadd(even, odd)
+
+    def spread(self, number: Any) -> Any:
+        """A vector of one number."""
+        kind = ir.VectorType(number.type, WIDTH)
+        nothing = ir.Constant(kind, ir.Undefined)
+        lanes = ir.VectorType(ir.IntType(32), WIDTH)
+        one = self.builder.insert_element(nothing, number, ir.Constant(ir.IntType(32), 0))
+        return self.builder.shuffle_vector(one, nothing, ir.Constant(lanes, [0] * WIDTH))
+
+
+def zero(address: Any) -> Any:
+    return ir.Constant(ir.VectorType(address.type.pointee, WIDTH), [0.0] * WIDTH)
