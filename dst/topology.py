@@ -100,9 +100,10 @@ class Topology(nn.Module):
 
     def free_slots(self) -> Tensor:
         """Slots that hold no block, ascending, int64."""
-        free = torch.ones(self.capacity, dtype=torch.bool, device=self.slots.device)
-        free[self.slots.long()] = False
-        return free.nonzero().squeeze(1)
+        taken = torch.zeros(self.capacity, dtype=torch.int8, device=self.slots.device)
+        taken[self.slots.long()] = 1
+        # Not ``nonzero``, whose size a GPU would have to tell.
+        return taken.sort(stable=True).indices[: self.capacity - self.alive]
 
     def sizes(self) -> Tensor:
         """Weights that each alive block really holds, without the padding; int64 (alive,)."""
@@ -134,30 +135,59 @@ class Topology(nn.Module):
             raise InputError("a connection to drop is not alive")
         return at
 
-    def edit(self, change: Change) -> tuple[Tensor, Tensor]:
+    def valid(self, change: Change) -> Tensor:
+        """Whether the keys of a change are such that :meth:`edit` takes it: a bool scalar on the
+        topology's device, which is not waited for."""
+        own = self.keys()
+        dropped, grown = change.dropped.to(own.device), change.grown.to(own.device)
+        if dropped.numel() > own.numel():
+            return torch.zeros((), dtype=torch.bool, device=own.device)
+        at = torch.searchsorted(own, dropped).clamp_(max=max(0, own.numel() - 1))
+        keys, _ = self._changed(own, at, grown)
+        return (
+            (own[at] == dropped).all()
+            & (dropped[1:] > dropped[:-1]).all()
+            & (keys[1:] > keys[:-1]).all()
+            & ((keys >= 0) & (keys < self.grid.size)).all()
+        )
+
+    def edit(self, change: Change, *, validated: bool = False) -> tuple[Tensor, Tensor]:
         """Drop and grow; returns (slots that hold grown blocks, slots that fell free), int64.
 
         Grown blocks, in key order, take the lowest slots among those dropped and those free. All
         slots returned must be reset by the caller. Raises InputError, and changes nothing, when a
         dropped block is not alive, a grown one is, keys repeat, or the capacity does not suffice.
+        validated: ``valid`` said so already; a GPU is then not waited for.
         """
         keys, slots = self.keys(), self.slots.long()
-        dropped = self.find(change.dropped.to(keys.device))
-        keep = torch.ones(keys.numel(), dtype=torch.bool, device=keys.device)
-        keep[dropped] = False
-        if int(keep.sum()) != keys.numel() - dropped.numel():
+        dropped, grown = change.dropped.to(keys.device), change.grown.to(keys.device)
+        at = torch.searchsorted(keys, dropped) if validated else self.find(dropped)
+        if not validated and at.unique().numel() != dropped.numel():
             raise InputError("a connection is dropped twice: keys must be unique")
-        pool = torch.cat([slots[~keep], self.free_slots()]).sort().values
-        grown = change.grown.to(keys.device)
-        if grown.numel() > pool.numel():
+        room = self._room(change)
+        if room < 0:
             raise InputError(
-                f"cannot grow {grown.numel()} blocks into {pool.numel()} free slots: "
+                f"cannot grow {grown.numel()} blocks into {grown.numel() + room} free slots: "
                 "resize the layer first"
             )
+        pool = torch.cat([slots[at], self.free_slots()]).sort().values
         taken = pool[: grown.numel()]
-        keys, order = torch.cat([keys[keep], grown]).sort()
-        self._set(keys, torch.cat([slots[keep], taken])[order])
+        keys, order = self._changed(keys, at, grown)
+        self._set(keys, torch.cat([slots, taken])[order], validated)
         return taken, pool[grown.numel() :]
+
+    def _room(self, change: Change) -> int:
+        """Slots left free by a change; below 0, those that are missing."""
+        return self.capacity - self.alive + change.dropped.numel() - change.grown.numel()
+
+    def _changed(self, keys: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys after a change, sorted, and where they stand in old keys + grown ones. dropped:
+        positions. Of a size that is known beforehand, so that nothing is waited for."""
+        # What is dropped sorts behind everything else, and is cut off.
+        left = keys.index_fill(0, dropped, torch.iinfo(torch.int64).max)
+        count = keys.numel() - dropped.numel() + grown.numel()
+        keys, order = torch.cat([left, grown]).sort(stable=True)
+        return keys[:count], order[:count]
 
     def resize(self, capacity: int) -> None:
         """Another number of slots. Blocks keep theirs if all fit, and else take the lowest in key
@@ -170,12 +200,12 @@ class Topology(nn.Module):
         self.capacity = capacity
         self._set(keys, slots)
 
-    def _set(self, keys: Tensor, slots: Tensor) -> None:
+    def _set(self, keys: Tensor, slots: Tensor, validated: bool = False) -> None:
         """keys: sorted. Rebuilds both orders, or raises InputError and changes nothing."""
         grid = self.grid
         if keys.numel() > self.capacity:
             raise InputError(f"{keys.numel()} alive blocks exceed the capacity {self.capacity}")
-        if keys.numel():
+        if keys.numel() and not validated:
             if int(keys[0]) < 0 or int(keys[-1]) >= grid.size:
                 raise InputError(
                     f"keys must lie in [0, {grid.size}) for {grid.n_rows} x {grid.n_cols} blocks, "
@@ -186,10 +216,10 @@ class Topology(nn.Module):
         widest = max(grid.n_rows, grid.n_cols, self.capacity)
         dtype = torch.int32 if widest < 2**31 else torch.int64
         rows, cols = keys // grid.n_cols, keys % grid.n_cols
-        by_column = (cols * grid.n_rows + rows).argsort()
-        self.row_offsets = _offsets(rows, grid.n_rows, dtype)
+        transposed, by_column = (cols * grid.n_rows + rows).sort()
+        self.row_offsets = _offsets(keys, grid.n_rows, grid.n_cols, dtype)
         self.cols, self.slots = cols.to(dtype), slots.to(dtype)
-        self.col_offsets = _offsets(cols, grid.n_cols, dtype)
+        self.col_offsets = _offsets(transposed, grid.n_cols, grid.n_rows, dtype)
         self.rows_t, self.slots_t = rows[by_column].to(dtype), self.slots[by_column]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -235,8 +265,7 @@ class Topology(nn.Module):
         )
 
 
-def _offsets(index: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Sorted or unsorted indices -> offsets (count + 1,) of their runs once sorted."""
-    offsets = torch.zeros(count + 1, dtype=torch.int64, device=index.device)
-    offsets[1:] = torch.bincount(index, minlength=count).cumsum(0)
-    return offsets.to(dtype)
+def _offsets(keys: Tensor, count: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Where each of ``count`` runs of ``width`` keys begins among sorted ones: (count + 1,)."""
+    begins = torch.arange(count + 1, device=keys.device) * width
+    return torch.searchsorted(keys, begins).to(dtype)

@@ -280,6 +280,7 @@ class TopologyUpdater:
         agreed = time.perf_counter()
         self._audit(records)
         audited = time.perf_counter()
+        self._check_valid(changes)
         resized = [self._apply(name, change) for name, change in changes.items()]
         self.last = Update(
             self.steps,
@@ -298,6 +299,15 @@ class TopologyUpdater:
         quality = self.method.audit(self.layers, records, self.steps, self.states, self.choices)
         self.audited = Audit(self.steps, quality, time.perf_counter() - start)
 
+    def _check_valid(self, changes: Mapping[str, Change]) -> None:
+        """Before any layer is changed, and with one look at the device for all of them."""
+        valid = [self.layers[name].topology.valid(change) for name, change in changes.items()]
+        if not valid or bool(torch.stack(valid).all()):
+            return
+        for (name, change), fine in zip(changes.items(), valid, strict=True):
+            if not bool(fine):
+                self.layers[name].topology.edit(change)  # says why not, and changes nothing
+
     @torch.no_grad()
     def _apply(self, name: str, change: Change) -> bool:
         """Returns whether the layer's values were reallocated."""
@@ -306,7 +316,7 @@ class TopologyUpdater:
         alive = layer.topology.alive - change.dropped.numel() + change.grown.numel()
         if alive > capacity:
             resize(layer, self.optimizer, alive)
-        taken, freed = layer.topology.edit(change)
+        taken, freed = layer.topology.edit(change, validated=True)
         slots = torch.cat([taken, freed])
         layer.values[freed] = 0
         layer.values[taken] = self.method.initial_blocks(layer, name, taken, self.steps)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from dst import Change, SparseLinear, Topology, resize
 from growth import Grid, InputError
@@ -138,6 +139,25 @@ def test_refused_edits_change_nothing(dropped: list[int], grown: list[int], mess
     with pytest.raises(InputError, match=message):
         topology.edit(change)
     assert _unchanged(topology, before)
+    if "cannot grow" not in message:
+        assert not topology.valid(change)
+
+
+def test_a_valid_change_is_made_without_waiting_for_the_device() -> None:
+    """Fake tensors have shapes, but no data: they refuse whatever a GPU would be waited for."""
+    grid = Grid.of(8, 24, 2, (2, 3))
+    with FakeTensorMode():
+        topology = Topology(grid, torch.arange(0)).to("cuda:0")
+        topology.capacity = 9
+        for name, size in (("row_offsets", 5), ("cols", 7), ("slots", 7)):
+            setattr(topology, name, torch.empty(size, dtype=torch.int32, device="cuda:0"))
+        change = Change(*(torch.empty(n, dtype=torch.int64, device="cuda:0") for n in (3, 4)))
+        assert topology.valid(change).shape == ()
+        taken, freed = topology.edit(change, validated=True)
+        assert (taken.numel(), freed.numel(), topology.alive) == (4, 1, 8)
+        assert topology.rows_t.shape == topology.slots_t.shape == (8,)
+        with pytest.raises(DataDependentOutputException):
+            topology.edit(change)
 
 
 @pytest.mark.parametrize(
