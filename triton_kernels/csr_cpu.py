@@ -1,12 +1,7 @@
-"""Unstructured products on the CPU, the same functions as ``csr``: numba where it is installed.
-
-Activations are copied with features first, in tiles of the batch that stay in a core's cache, of
-which each nonzero reads one row.
-"""
+"""Unstructured products on the CPU, the same functions as ``csr``: numba where it is installed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -16,10 +11,11 @@ import torch
 from torch import Tensor
 
 from triton_kernels import threads
-from triton_kernels.waves import Memory
 
-# Numbers in a tile of the batch, in vectors of 16: no more than the batch fills.
+# Numbers of the batch at a time, in vectors of 16: no more than the batch fills, and so few that
+# the features of all of them stay in a core's cache, of which they may take so many bytes.
 _VECTORS = (1, 2, 4)
+_CACHED = 1 << 19
 # Fewer products than this are not worth a second thread.
 _SHARED = 1 << 20
 
@@ -33,20 +29,15 @@ def available(x: Tensor) -> bool:
     return x.device.type == "cpu" and _numba()
 
 
-_kept = Memory()
-
-
 def product(
     x: Tensor, values: Tensor, offsets: Tensor, index: Tensor, slots: Tensor, width: int
 ) -> Tensor:
     """x: (batch, n) -> (batch, width) = x M^T, where M: (width, n) is given by its compressed rows
     and ``values[slots]``. With the transposed order of a weight, its input gradient."""
-    own = _tiles(x)
-    weights = values.view(-1).index_select(0, slots).to(own.dtype)
-    sums = own.new_empty(len(own), width, own.shape[2])
-    multiply, _ = _kernels(own)
-    _share(multiply, offsets, len(x), (own, weights), (offsets, index, sums))
-    return sums.transpose(1, 2).flatten(0, 1)[: len(x)].to(x.dtype)
+    dtype, x = x.dtype, _wide(x)
+    y = x.new_empty(len(x), width)
+    _walk(x, None, values, (offsets, index, slots), y, None)
+    return y.to(dtype)
 
 
 def weight_gradient(
@@ -59,55 +50,63 @@ def weight_gradient(
     block: tuple[int, int] = (1, 1),
 ) -> Tensor:
     """dy^T x at the alive entries alone: (capacity, 1, 1), free slots zero."""
-    right, left = _tiles(x), _tiles(dy)
-    found = right.new_empty(cols.numel())
-    _, sample = _kernels(right)
-    _share(sample, row_offsets, len(x), (right, left), (row_offsets, cols, found))
-    grad = x.new_zeros(capacity, 1, 1)
-    grad.view(-1).index_copy_(0, slots.long(), found.to(x.dtype))
-    return grad
+    dtype, x = x.dtype, _wide(x)
+    grad = _gradient(x, slots, capacity)
+    _walk(x, _wide(dy), None, (row_offsets, cols, slots), None, grad)
+    return grad.to(dtype)
 
 
-def _kernels(tiled: Tensor) -> tuple[Callable[..., None], Callable[..., None]]:
-    # Not at the top: numba takes a second to import.
-    from triton_kernels.csr_numba import kernels
-
-    return kernels(tiled.shape[2] // 16)
-
-
-def _tiles(x: Tensor) -> Tensor:
-    """Kept as long as x lives: the gradient of the weight needs those of the other two products."""
-    return _kept.get((x,), "tiles", lambda: tiles(x))
-
-
-def tiles(x: Tensor) -> Tensor:
-    """(batch, n) -> (tiles, n, batch in a tile), zero-padded, in single precision at least."""
-    batch, n = x.shape
-    tile = 16 * next((v for v in _VECTORS if 16 * v >= batch), _VECTORS[-1])
-    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    whole, rest = divmod(batch, tile)
-    out = torch.empty(whole + (rest > 0), n, tile, dtype=dtype)
-    out[:whole] = x[: whole * tile].unflatten(0, (whole, tile)).transpose(1, 2)
-    if rest:
-        out[whole, :, :rest] = x[whole * tile :].T
-        out[whole, :, rest:] = 0
-    return out
+def gradients(
+    x: Tensor, dy: Tensor, values: Tensor, col_offsets: Tensor, rows_t: Tensor, slots_t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """That of x, (batch, n_in), and that of the values, (capacity, 1, 1): both products read the
+    same of dy, which here happens once, and takes most of the time of either."""
+    dtype, x = x.dtype, _wide(x)
+    dx, grad = torch.empty_like(x), _gradient(x, slots_t, len(values))
+    _walk(_wide(dy), x, values, (col_offsets, rows_t, slots_t), dx, grad)
+    return dx.to(dtype), grad.to(dtype)
 
 
-def _share(
-    kernel: Callable[..., None],
-    offsets: Tensor,
-    batch: int,
-    tensors: tuple[Tensor, ...],
-    rest: tuple[Tensor, ...],
+def _wide(x: Tensor) -> Tensor:
+    """In single precision at least."""
+    return (x if x.dtype == torch.float64 else x.float()).detach().contiguous()
+
+
+def _gradient(x: Tensor, slots: Tensor, capacity: int) -> Tensor:
+    return (x.new_empty if slots.numel() == capacity else x.new_zeros)(capacity, 1, 1)
+
+
+def _walk(
+    x: Tensor,
+    own: Tensor | None,
+    values: Tensor | None,
+    order: tuple[Tensor, Tensor, Tensor],
+    y: Tensor | None,
+    grad: Tensor | None,
 ) -> None:
-    """Run a kernel on as many threads as PyTorch has, each with as many nonzeros. Rows are whole,
-    so that the result does not depend on how many there are."""
-    arrays = [t.numpy() for t in (*tensors, *rest)]
-    ends = offsets.numpy()
+    """The pass over the nonzeros that fills y, or grad, or both: see ``csr_numba``. On as many
+    threads as PyTorch has, each with as many nonzeros. Rows are whole, so that the result does not
+    depend on how many there are; each thread copies all of x for itself, a tile at a time."""
+    # Not at the top: numba takes a second to import.
+    from triton_kernels.csr_numba import walk
+    from triton_kernels.vectors import WIDTH
+
+    line = WIDTH * x.shape[1] * x.element_size()
+    fitting = [v for v in _VECTORS if v * line <= _CACHED] or _VECTORS[:1]
+    vectors = next((v for v in fitting if WIDTH * v >= len(x)), fitting[-1])
+    ends = order[0].numpy()
     rows, nonzeros = len(ends) - 1, int(ends[-1])
-    count = torch.get_num_threads() if nonzeros * batch >= _SHARED else 1
-    bounds = np.searchsorted(ends, np.arange(1, count) * nonzeros // count)
-    cuts = [0, *bounds.tolist(), rows]
-    parts = [(a, b) for a, b in pairwise(cuts) if a < b]
-    threads.run(kernel, arrays, parts)
+    count = torch.get_num_threads() if nonzeros * len(x) >= _SHARED else 1
+    cuts = np.searchsorted(ends, np.arange(1, count) * nonzeros // count)
+    # In whole vectors, so that two threads never write to the same line of the cache.
+    cuts = WIDTH * np.round(cuts / WIDTH).astype(int)
+    parts = [(a, b) for a, b in pairwise([0, *cuts.tolist(), rows]) if a < b]
+
+    none = x.new_empty(0, 0)
+    weights = none if values is None else values.detach().to(x.dtype)
+    tensors = (
+        *(x, none if own is None else own, weights.reshape(-1), *order),
+        *(none if y is None else y, (none if grad is None else grad).view(-1)),
+    )
+    arrays = [tensor.numpy() for tensor in tensors]
+    threads.run(walk(vectors), [*arrays, y is not None, grad is not None], parts)

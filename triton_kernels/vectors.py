@@ -41,16 +41,17 @@ class Loop:
         for phi, value in zip(values, carried, strict=True):
             phi.add_incoming(value, entry)
         new = body(k, values)
+        end = builder.block  # another one than ``loop`` where the body holds a loop of its own
         following = builder.add(k, ir.Constant(INDEX, step))
-        k.add_incoming(following, loop)
+        k.add_incoming(following, end)
         for phi, value in zip(values, new, strict=True):
-            phi.add_incoming(value, loop)
+            phi.add_incoming(value, end)
         builder.cbranch(builder.icmp_signed("<", following, last), loop, done)
         builder.position_at_end(done)
         results = [builder.phi(value.type) for value in carried]
         for phi, before, after in zip(results, carried, new, strict=True):
             phi.add_incoming(before, entry)
-            phi.add_incoming(after, loop)
+            phi.add_incoming(after, end)
         return results
 
     def row(self, x: Any, index: Any, k: Any, length: int) -> Any:
@@ -77,6 +78,16 @@ class Loop:
 
     def places(self, address: Any, count: int) -> list[Any]:
         return [self.builder.gep(address, [ir.Constant(INDEX, WIDTH * i)]) for i in range(count)]
+
+    def prefetch(self, address: Any) -> None:
+        """Brings the line of the cache around an address that is read soon. May lie anywhere."""
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        hint = self.builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        # To read, in all caches, of data.
+        self.builder.call(
+            hint, [self.builder.bitcast(address, byte), number(0), number(3), number(1)]
+        )
 
     def fused(self, a: Any, b: Any, c: Any) -> Any:
         """a * b + c."""
@@ -106,6 +117,20 @@ class Loop:
             for j in (0, 1)
         )
         return self.builder.fadd(even, odd)
+
+    def interleaved(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """The numbers of two vectors, one of a and one of b in turn: the first half, the second."""
+        lanes = ir.VectorType(ir.IntType(32), WIDTH)
+        halves = [
+            ir.Constant(lanes, [WIDTH * (i % 2) + i // 2 + start for i in range(WIDTH)])
+            for start in (0, WIDTH // 2)
+        ]
+        return tuple(self.builder.shuffle_vector(a, b, half) for half in halves)  # type: ignore[return-value]
+
+    def outer(self, numbers: list[Any], row: list[Any], sums: list[Any]) -> list[Any]:
+        """sums + the products of every number, spread, with every vector of the row."""
+        products = [(number, vector) for number in numbers for vector in row]
+        return [self.fused(a, b, s) for (a, b), s in zip(products, sums, strict=True)]
 
     def spread(self, number: Any) -> Any:
         """A vector of one number."""

@@ -1,0 +1,125 @@
+"""Products of single weights on the CPU: both gradients at once, and what they copy and turn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sparse_case import Case, topology_of
+from torch import Tensor
+
+from dst import SparseLinear
+from growth import Grid
+from triton_kernels import csr_cpu
+
+pytest.importorskip("numba")
+
+
+def _case(n_out: int, n_in: int, alive: str, dtype: torch.dtype) -> Case:
+    return Case(topology_of(Grid.of(n_out, n_in, 1, (1, 1)), alive), dtype)
+
+
+def _check(case: Case, x: Tensor, dy: Tensor, tolerance: float) -> None:
+    """Both gradients at once, against a dense float64 reference, and one by one."""
+    layout = case.topology.layout
+    values = case.values.detach().to(x.dtype)
+    dx, gradient = csr_cpu.gradients(x, dy, values, *layout[3:6])
+    assert dx.dtype == gradient.dtype == x.dtype and gradient.shape == values.shape
+    atol = tolerance * max(1, len(x)) ** 0.5
+    expected = dy.double() @ case.weight.to(x.dtype).double()
+    torch.testing.assert_close(dx.double(), expected, rtol=tolerance, atol=atol)
+    case.values.grad = gradient.to(case.values.dtype)
+    case.check_gradient(dy.double().T @ x.double(), atol)
+    alone = csr_cpu.product(dy, values, *layout[3:6], x.shape[1])
+    torch.testing.assert_close(dx, alone, rtol=tolerance, atol=atol)
+    alone = csr_cpu.weight_gradient(x, dy, *layout[:3], len(values))
+    torch.testing.assert_close(gradient, alone, rtol=tolerance, atol=atol)
+
+
+@pytest.mark.parametrize("alive", ["none", "one", "some", "all"])
+def test_both_gradients_at_once(alive: str) -> None:
+    """Rows below, at and above those copied together, which are 64; and batches, of which 16 are
+    turned and up to 64 multiplied together."""
+    torch.manual_seed(0)
+    for n_out, n_in, batch in ((150, 33, 70), (23, 64, 100), (1, 129, 64), (40, 1, 5), (7, 9, 0)):
+        case = _case(n_out, n_in, alive, torch.float64)
+        x, dy = torch.randn(batch, n_in).double(), torch.randn(batch, n_out).double()
+        _check(case, x, dy, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_numbers(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    case = _case(90, 77, "some", torch.float64 if dtype != torch.float32 else dtype)
+    x, dy = torch.randn(77, 83).T.to(dtype), torch.randn(90, 83).T.to(dtype)
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}[dtype]
+    _check(case, x, dy, tolerance)
+
+
+@pytest.mark.parametrize("cached", [0, 100 * 16 * 2 * 8])
+def test_tiles_that_fit_the_cache(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csr_cpu, "_CACHED", cached)
+    case = _case(30, 100, "some", torch.float64)
+    _check(case, torch.randn(70, 100).double(), torch.randn(70, 30).double(), 1e-11)
+
+
+def test_gradients_do_not_depend_on_threads() -> None:
+    case = _case(400, 300, "some", torch.float32)
+    layout, values = case.topology.layout, case.values.detach()
+    x, dy = torch.randn(70, 300), torch.randn(70, 400)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 7):
+            torch.set_num_threads(number)
+            found.append(csr_cpu.gradients(x, dy, values, *layout[3:6]))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_all_slots_are_written() -> None:
+    """Where none is free, the gradient is not cleared first."""
+    layer = SparseLinear(50, 40, density=0.2)
+    layout, values = layer.topology.layout, layer.values.detach()
+    assert layer.topology.alive == len(values)
+    x, dy = torch.randn(20, 50), torch.randn(20, 40)
+    torch.use_deterministic_algorithms(True)  # fills what is empty with NaN
+    try:
+        dx, gradient = csr_cpu.gradients(x, dy, values, *layout[3:6])
+        y = csr_cpu.product(x, values, *layout[:3], 40)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    weight = layer.dense_weight().detach()
+    torch.testing.assert_close(dx, dy @ weight)
+    torch.testing.assert_close(y, x @ weight.T)
+    rows = torch.arange(40).repeat_interleave(layout.row_offsets.diff())
+    expected = (dy.T @ x)[rows, layout.cols.long()]
+    torch.testing.assert_close(gradient.view(-1)[layout.slots.long()], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_there_and_back(dtype: torch.dtype) -> None:
+    """Tiles with features first, from inside of a batch and from behind its end; nothing is written
+    outside of them."""
+    from triton_kernels.transpose_numba import aligned, to_features, to_rows
+
+    for batch, n, row, col, count, width in (
+        (70, 40, 16, 3, 35, 32),
+        (70, 40, 48, 0, 40, 64),
+        (5, 9, 0, 2, 6, 16),
+        (64, 16, 0, 0, 16, 64),
+    ):
+        x = torch.randn(batch, n, dtype=dtype)
+        tile = torch.full((count + 2, width), torch.nan, dtype=dtype)
+        to_features(x.numpy(), row, col, tile.numpy(), count)
+        rows = min(width, batch - row)
+        expected = torch.zeros(count, width, dtype=dtype)
+        expected[:, :rows] = x[row : row + rows, col : col + count].T
+        assert torch.equal(tile[:count], expected) and tile[count:].isnan().all()
+        y = torch.full_like(x, torch.nan)
+        to_rows(tile.numpy(), count, y.numpy(), row, col)
+        inside = torch.zeros_like(x, dtype=torch.bool)
+        inside[row : row + rows, col : col + count] = True
+        assert torch.equal(y[inside], x[inside]) and y[~inside].isnan().all()
+    memory = aligned(3, 16, x.numpy().dtype)
+    assert memory.shape == (3, 16) and memory.ctypes.data % 64 == 0
