@@ -69,6 +69,7 @@ def run(job: experiments.Job) -> tuple[experiments.Job, dict[str, Any] | str]:
         # Of the run's one thread: what else the machine does hardly changes it.
         "cpu_seconds": None if resumed else round(time.process_time() - start, 2),
         "final": {name: getattr(summary, name) for name in summary.__dataclass_fields__},
+        **_of_phases(folder),
         **record.circumstances(),
     }
     file = result_file(job)
@@ -80,6 +81,22 @@ def run(job: experiments.Job) -> tuple[experiments.Job, dict[str, Any] | str]:
     return job, result["final"]
 
 
+def _of_phases(folder: Path) -> dict[str, Any]:
+    """What a recipe of several phases told of them."""
+    from dst import tracking
+
+    lines = tracking.read(folder)
+    found = {
+        f"{kind}s": [
+            {name: value for name, value in line.items() if name not in ("kind", "time")}
+            for line in lines
+            if line["kind"] == kind
+        ]
+        for kind in ("phase", "curve")
+    }
+    return {kind: own for kind, own in found.items() if own}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a thread each")
@@ -87,14 +104,15 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="run nothing, write the page")
     options = parser.parse_args()
     if not options.page:
-        train_missing(options.only or list(experiments.GROUPS), options.jobs)
+        jobs = experiments.jobs(options.only or list(experiments.GROUPS))
+        train_missing(jobs, options.jobs)
     import results_page
 
     results_page.write()
 
 
-def train_missing(groups: list[str], workers: int) -> None:
-    missing = [job for job in experiments.jobs(groups) if not is_done(job)]
+def train_missing(jobs: list[experiments.Job], workers: int) -> None:
+    missing = [job for job in jobs if not is_done(job)]
     print(f"{len(missing)} runs to go")
     start = time.perf_counter()
     context = multiprocessing.get_context("spawn")

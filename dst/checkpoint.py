@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from growth import InputError
 
 # Raise it whenever a run that was saved before could not go on.
-FORMAT = "sparsegrow-checkpoint-4"
+FORMAT = "sparsegrow-checkpoint-5"
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

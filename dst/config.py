@@ -21,13 +21,14 @@ from dst.data.drawn import HARDEST
 from dst.distributions import DISTRIBUTIONS
 from dst.drop import CRITERIA
 from dst.growing import check_blocks, fields_of, growth_strategy, strategy_name
-from dst.methods import METHODS
+from dst.methods import METHODS, PIPELINES, entry_of
 from dst.methods.base import GROWN_INITS
 from dst.models import check_name, describe
 from dst.presets import PRESETS
+from dst.pruning import SCOPES, SCORES
 from dst.ramp import RAMPS
 from dst.redistribute import REDISTRIBUTIONS
-from dst.schedules import DECAYS, LR_SCHEDULES
+from dst.schedules import BETA_DECAYS, DECAYS, LR_SCHEDULES
 from growth import METRICS, STRATEGIES, InputError
 from growth.block_search import WAYS
 from growth.faiss_search import KINDS as FAISS_KINDS
@@ -35,10 +36,12 @@ from growth.gse import SAMPLINGS
 from growth.nmslib_search import KINDS as NMSLIB_KINDS
 from growth.scan import SCREENS
 from triton_kernels import COMPUTE
+from triton_kernels.mam import ABSENT
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 AMP = ("off", "bf16", "fp16")
 WANDB = ("auto", "off", "offline", "online")
+NEURONS = ("mam", "mac")
 
 
 def _names(choices: Iterable[str]) -> str:
@@ -67,7 +70,10 @@ def _growth_option(help: str, field_name: str, metavar: str) -> Any:
 
 
 _PRESETS = "; ".join(f"{name} ({preset.summary})" for name, preset in PRESETS.items())
-_METHODS = "; ".join(f"{name} ({entry.summary})" for name, entry in METHODS.items())
+_METHODS = "; ".join(
+    [f"{name} ({entry.summary})" for name, entry in METHODS.items()]
+    + [f"{name} ({summary})" for name, summary in PIPELINES.items()]
+)
 
 
 @dataclass(frozen=True)
@@ -246,6 +252,46 @@ class UpdateConfig:
 
 
 @dataclass(frozen=True)
+class MamConfig:
+    """--method mam: train with multiply-and-max/min, prune, fine-tune."""
+
+    mam_layers: str = "auto"
+    """Layers to prune: names, patterns, first, last; auto: mlp layers of a transformer, else all
+    linear ones but the last."""
+    neuron: Annotated[
+        str, arg(help="What they compute before pruning: mam; or mac, an ordinary sum.")
+    ] = "mam"
+    vanish_epochs: Annotated[float | None, _open("half of --epochs", "FLOAT")] = None
+    """Epochs over which the ordinary sum vanishes (Q)."""
+    beta_decay: Annotated[str, arg(help=f"Its course: {_names(BETA_DECAYS)}.")] = "linear"
+    beta_interval: Annotated[str, arg(metavar="N|Nep")] = "1"
+    """Steps after which its share beta changes, or epochs as in 1ep."""
+    prune_after: Annotated[float | None, _open("at the end of --epochs", "FLOAT")] = None
+    """Prune early: so many epochs after the sum has vanished."""
+    keep: float = 0.01
+    """Share of these layers' weights that pruning keeps, in (0, 1)."""
+    prune_score: Annotated[str, arg(help=f"What is kept: {_names(SCORES)}.")] = "gradient"
+    prune_scope: Annotated[str, arg(help=f"Compared within: {_names(SCOPES)}.")] = "global"
+    prune_on: Annotated[str, arg(help="Images that scores are measured on: val, train.")] = "val"
+    prune_images: Annotated[int | None, _open("all of them", "INT")] = None
+    """How many of these images."""
+    prune_curve: bool = False
+    """Also measure, before pruning, the accuracy at many shares kept, by every score."""
+    after_prune: Annotated[
+        str, arg(help="What pruned layers compute: mac, the sum again; or mam.")
+    ] = "mac"
+    absent: Annotated[
+        str, arg(help=f"What a pruned weight does in a mam layer: {_names(ABSENT)} (competes).")
+    ] = "zero"
+    finetune_epochs: Annotated[
+        int | None, _open("what early pruning left of --epochs, else 3/7 of them", "INT")
+    ] = None
+    """Epochs after pruning."""
+    finetune_lr: Annotated[float | None, _open("--lr", "FLOAT")] = None
+    """Learning rate of these at its highest."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What it is trained on."""
 
@@ -347,9 +393,12 @@ class Config:
     model: Annotated[str, arg(help=f"Network: {describe()}.")] = "wrn-16-1"
     dropout: float = 0.0
     """Probability of dropping an activation, where the network has dropout."""
+    weights: Annotated[str | None, _open("none", "FILE")] = None
+    """Start from the weights in this file: a state dict of torch.save or safetensors."""
     sparsity: Annotated[SparsityConfig, OmitArgPrefixes] = field(default_factory=SparsityConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
     update: Annotated[UpdateConfig, OmitArgPrefixes] = field(default_factory=UpdateConfig)
+    mam: Annotated[MamConfig, OmitArgPrefixes] = field(default_factory=MamConfig)
     data: Annotated[DataConfig, OmitArgPrefixes] = field(default_factory=DataConfig)
     training: Annotated[OptimConfig, OmitArgPrefixes] = field(default_factory=OptimConfig)
     run: Annotated[RunConfig, OmitArgPrefixes] = field(default_factory=RunConfig)
@@ -357,11 +406,11 @@ class Config:
 
 def check(config: Config) -> None:
     """Refuse what cannot be, before anything is built. Raises InputError."""
-    choose("method", config.method, METHODS)
+    choose("method", config.method, [*METHODS, *PIPELINES])
     if config.preset is not None:
         choose("preset", config.preset, PRESETS)
     check_name(config.model)
-    entry = METHODS[config.method]
+    entry = entry_of(config.method)
     sparsity, growth, update = config.sparsity, config.growth, config.update
     choose("distribution", sparsity.distribution, DISTRIBUTIONS)
     choose("init", sparsity.init, INITS)
@@ -418,7 +467,46 @@ def check(config: Config) -> None:
     choose("grown-init", update.grown_init, GROWN_INITS)
     if update.update_interval is not None:
         parse_interval("update-interval", update.update_interval, 1)
+    if config.method == "mam":
+        _check_mam(config)
     _check_training(config)
+
+
+def _check_mam(config: Config) -> None:
+    mam, epochs = config.mam, config.training.epochs
+    choose("neuron", mam.neuron, NEURONS)
+    choose("after-prune", mam.after_prune, NEURONS)
+    choose("beta-decay", mam.beta_decay, BETA_DECAYS)
+    choose("prune-score", mam.prune_score, SCORES)
+    choose("prune-scope", mam.prune_scope, SCOPES)
+    choose("prune-on", mam.prune_on, ("val", "train"))
+    choose("absent", mam.absent, ABSENT)
+    parse_interval("beta-interval", mam.beta_interval, 1)
+    _number("keep", mam.keep, above=0, below=1)
+    if parse_block(config.sparsity.block) != (1, 1):
+        raise InputError(
+            f"method mam prunes single weights, not blocks of {config.sparsity.block}: leave "
+            "--block away"
+        )
+    if mam.neuron == "mac" and mam.after_prune == "mam":
+        raise InputError("max and min are not put into layers after pruning: use --neuron=mam")
+    vanish = mam.vanish_epochs
+    if vanish is not None:
+        _number("vanish-epochs", vanish, least=0, most=epochs)
+    if mam.prune_after is not None:
+        _number("prune-after", mam.prune_after, least=0)
+        spent = (epochs / 2 if vanish is None else vanish) + mam.prune_after
+        if spent > epochs:
+            raise InputError(
+                f"prune-after {mam.prune_after:g} is {spent:g} epochs into a run of {epochs}: "
+                "lower it or --vanish-epochs, or raise --epochs"
+            )
+    if mam.prune_images is not None:
+        _number("prune-images", mam.prune_images, least=1)
+    if mam.finetune_epochs is not None:
+        _number("finetune-epochs", mam.finetune_epochs, least=0)
+    if mam.finetune_lr is not None:
+        _number("finetune-lr", mam.finetune_lr, above=0)
 
 
 def _check_training(config: Config) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import NamedTuple, cast
 
 import torch
@@ -30,8 +29,10 @@ from dst.layers import (
     group_grid,
     sparse_layers,
 )
+from dst.mam import MAMLinear, SparseMAMLinear, to_mam
 from dst.ramp import DensityRamp
 from dst.seeding import generator
+from dst.swap import carry_over, matching, swap
 from growth import Grid, InputError
 from growth.connections import Block
 
@@ -111,7 +112,7 @@ def sparsify(
         raise InputError(f"{type(model).__name__} has no nn.Linear or nn.Conv2d to make sparse")
     if skip is None:
         skip = ("first",) if distribution == "uniform" and len(layers) > 1 else ()
-    kept = _skipped(list(layers), (skip,) if isinstance(skip, str) else skip)
+    kept = matching(list(layers), (skip,) if isinstance(skip, str) else skip, "skip pattern")
     # Depthwise convolutions have few weights, and networks many of them.
     grouped = {n for n, la in layers.items() if isinstance(la, nn.Conv2d) and la.groups != 1} - kept
     if grouped:
@@ -154,13 +155,13 @@ def sparsify(
         except InputError as error:
             where = f"layer {name!r}" + (", in each head" if groups[name] > 1 else "")
             raise InputError(f"{where}: {error}") from None
-        replacements[layer] = _sparse_twin(layer, keys, block, groups[name], compute, init)
+        replacements[layer] = sparse_twin(layer, keys, block, groups[name], compute, init)
     attentions = {
         closed: attention
         for closed, attention in opened.items()
         if attention.in_proj in replacements or attention.out_proj in replacements
     }
-    return _swap(_swap(model, attentions), replacements)
+    return swap(swap(model, attentions), replacements)
 
 
 def density_ramp(
@@ -190,20 +191,20 @@ def density_ramp(
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Replace every sparse layer of ``model``, in place, by ``nn.Linear`` or ``nn.Conv2d`` with
-    zeros where nothing is alive, and every :class:`SparseAttention` by ``nn.MultiheadAttention``.
-    Returns the model; see :func:`sparsify`."""
+    """Replace every sparse layer of ``model``, in place, by ``nn.Linear``, :class:`MAMLinear` or
+    ``nn.Conv2d`` with zeros where nothing is alive, and every :class:`SparseAttention` by
+    ``nn.MultiheadAttention``. Returns the model; see :func:`sparsify`."""
     layers: dict[nn.Module, nn.Module] = {
         layer: _dense_twin(layer) for layer in sparse_layers(model).values()
     }
-    model = _swap(model, layers)
+    model = swap(model, layers)
     closed: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, SparseAttention):
             twin = closed[module] = close_attention(module)
-            _carry_over(module, twin)
-            _carry_over(module.out_proj, twin.out_proj)
-    return _swap(model, closed)
+            carry_over(module, twin)
+            carry_over(module.out_proj, twin.out_proj)
+    return swap(model, closed)
 
 
 def density_table(model: nn.Module) -> list[LayerDensity]:
@@ -253,8 +254,8 @@ def _open_attentions(model: nn.Module) -> Opened:
         if type(module) is nn.MultiheadAttention:
             if can_open(module):
                 opened[module] = open_attention(module)
-                _carry_over(module, opened[module])
-                _carry_over(module.out_proj, opened[module].out_proj)
+                carry_over(module, opened[module])
+                carry_over(module.out_proj, opened[module].out_proj)
             else:
                 refused.append(name)
     if refused:
@@ -327,17 +328,6 @@ def _densities(
     return {name: found[parts[name][0]] for name in sparse}
 
 
-def _skipped(names: list[str], skip: Sequence[str]) -> set[str]:
-    kept = set()
-    for pattern in skip:
-        word = {"first": names[:1], "last": names[-1:]}.get(pattern)
-        found = word if word is not None else [n for n in names if fnmatchcase(n, pattern)]
-        if not found:
-            raise InputError(f"skip pattern {pattern!r} matches none of {', '.join(names)}")
-        kept.update(found)
-    return kept
-
-
 def _check_convertible(
     model: nn.Module, opened: Opened, layers: dict[str, nn.Linear | nn.Conv2d]
 ) -> None:
@@ -371,7 +361,7 @@ def _grid(layer: nn.Linear | nn.Conv2d, block: Block) -> Grid:
     return Grid.of(layer.out_features, layer.in_features, 1, block)
 
 
-def _sparse_twin(
+def sparse_twin(
     layer: nn.Linear | nn.Conv2d,
     keys: torch.Tensor,
     block: Block,
@@ -422,7 +412,7 @@ def _sparse_twin(
     twin.set_weight(dense)
     twin.values.requires_grad_(weight.requires_grad)
     twin.bias = cast("nn.Parameter | None", layer.bias)
-    _carry_over(layer, twin)
+    carry_over(layer, twin)
     return twin
 
 
@@ -450,41 +440,7 @@ def _dense_twin(layer: SparseLayer) -> nn.Module:
         twin.weight.copy_(layer.dense_weight())
     twin.weight.requires_grad_(layer.values.requires_grad)
     twin.bias = layer.bias
-    _carry_over(layer, twin)
+    if isinstance(layer, SparseMAMLinear):
+        twin = cast(MAMLinear, to_mam(twin, beta=layer.beta))
+    carry_over(layer, twin)
     return twin
-
-
-def _carry_over(old: nn.Module, new: nn.Module) -> None:
-    """The mode, and hooks that the user put on the module."""
-    new.train(old.training)
-    for hooks in (
-        "_forward_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-        "_is_full_backward_hook",
-    ):
-        # The dict itself, not a copy: the user's handle removes the hook from it.
-        setattr(new, hooks, getattr(old, hooks))
-
-
-def _swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put every replacement wherever its module stands, shared modules in all their places."""
-    if model in replacements:
-        return replacements[model]
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in replacements:
-                setattr(parent, name, replacements[child])
-                if isinstance(parent, nn.TransformerEncoderLayer):
-                    # Its fused inference path reads the weight of its layers itself.
-                    parent.activation_relu_or_gelu = 0
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(inner, SparseLayer) for inner in module.modules()
-        ):
-            module.use_nested_tensor = False
-    return model

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dst.attention import dense_projections
 from dst.layers import SparseLayer
+from dst.mam import mam_layers
 
 
 class LayerCost(NamedTuple):
@@ -95,6 +96,35 @@ def forward_macs(costs: Mapping[str, LayerCost], alive: Mapping[str, float]) -> 
     return sum(round(cost.dense * alive[name]) for name, cost in costs.items())
 
 
+class ImageCost(NamedTuple):
+    """FLOPs of one image in training."""
+
+    forward: int
+    backward: int
+
+
+def image_cost(
+    model: nn.Module, costs: Mapping[str, LayerCost], alive: Mapping[str, float]
+) -> ImageCost:
+    """When layers are as dense as ``alive`` says; costs: see :func:`forward_macs`.
+
+    A weight costs 2 FLOPs forward and 4 backward. In a MAM layer it costs 3 forward (Nikiforos
+    2024), and backward only the winners cost: two for every output, in both gradients. Between, by
+    vanishing contributions, both are paid.
+    """
+    layers = mam_layers(model)
+    forward = backward = 0
+    for name, cost in costs.items():
+        macs, layer = round(cost.dense * alive[name]), layers.get(name)
+        if layer is None or layer.beta > 0:
+            forward += 2 * macs
+            backward += 4 * macs
+        if layer is not None and layer.beta < 1:
+            forward += 3 * macs
+            backward += 8 * (cost.dense // layer.in_features)
+    return ImageCost(forward, backward)
+
+
 class TrainingCost(NamedTuple):
     """FLOPs of a training run, and of the same run of the dense network."""
 
@@ -103,15 +133,15 @@ class TrainingCost(NamedTuple):
 
 
 def training_cost(
-    macs: int, replaced_macs: int, dense_macs: int, search_flops: int
+    flops: int, replaced_flops: int, dense_macs: int, search_flops: int
 ) -> TrainingCost:
-    """3 forward passes' worth an image (Evci et al. 2020, appendix H), 2 for images of steps that
-    an update replaced, and what the searches did.
+    """What all images cost (Evci et al. 2020, appendix H: 3 forward passes' worth each), less a
+    forward pass' worth for those of steps that an update replaced, and what the searches did.
 
-    macs, replaced_macs, dense_macs: multiply-accumulates of one forward pass, summed over all
-    images of the run; over those of steps that an update replaced; of the dense network over all
-    images. With an exact search at every Delta T steps this is RigL's (3 f_S Delta T + 2 f_S +
-    f_D) / (Delta T + 1); with a dense gradient at every step, of which the alive weights' own is a
-    part, SNFS' 2 f_S + f_D.
+    flops: of all images, as :func:`image_cost` counts them. replaced_flops: of the forward pass of
+    those of replaced steps. dense_macs: multiply-accumulates of the dense network's forward pass,
+    summed over all images. With an exact search at every Delta T steps this is RigL's (3 f_S Delta
+    T + 2 f_S + f_D) / (Delta T + 1); with a dense gradient at every step, of which the alive
+    weights' own is a part, SNFS' 2 f_S + f_D.
     """
-    return TrainingCost(2 * (3 * macs - replaced_macs) + search_flops, 6 * dense_macs)
+    return TrainingCost(flops - replaced_flops + search_flops, 6 * dense_macs)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dst.methods import METHODS
+from dst.methods import entry_of
 from growth import STRATEGIES, Averaged, InputError, Strategy
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _NOT_OPTIONS = {"strategy", "audit"}
 
 def strategy_name(config: Config) -> str | None:
     """Of the strategy, the method's own by default; None for a method that grows nothing."""
-    growths = METHODS[config.method].growths
+    growths = entry_of(config.method).growths
     return (config.growth.strategy or growths[0]) if growths else None
 
 

@@ -68,6 +68,17 @@ _SIMILARITY_THESIS: dict[str, Any] = {
     "training.epochs": 70,
 }
 
+# Nikiforos 2024, chapter 6. The rate's course and the weight decay are not told. Both networks
+# start from weights trained on ImageNet: --weights.
+_MAM_THESIS: dict[str, Any] = {
+    "method": "mam",
+    "mam.prune_score": "gradient",
+    "mam.prune_scope": "global",
+    "training.optimizer": "adam",
+    "training.lr_schedule": "constant",
+    "training.weight_decay": 0.0,
+}
+
 PRESETS: dict[str, Preset] = {
     "set-erk": Preset("SET as in the RigL paper", {**_RIGL_PAPER, "method": "set"}),
     "rigl-erk": Preset("RigL as in its paper", {**_RIGL_PAPER, "method": "rigl"}),
@@ -86,6 +97,32 @@ PRESETS: dict[str, Preset] = {
     "similarity-epoch": Preset(
         "Palaj's thesis, updates after every epoch",
         {**_SIMILARITY_THESIS, "update.update_interval": "1ep"},
+    ),
+    "mam-alexnet": Preset(
+        "Nikiforos' thesis, AlexNet on CIFAR-10",
+        {
+            **_MAM_THESIS,
+            "mam.vanish_epochs": 35.0,
+            "mam.keep": 0.002,
+            "mam.finetune_epochs": 30,
+            "data.batch": 256,
+            "data.augment": "mam",
+            "training.epochs": 70,
+            "training.lr": 1e-4,
+        },
+    ),
+    "mam-vit": Preset(
+        "Nikiforos' thesis, ViT-B/16 on ImageNet",
+        {
+            **_MAM_THESIS,
+            "mam.vanish_epochs": 12.0,
+            "mam.keep": 0.0007,
+            "mam.finetune_epochs": 1,
+            "data.batch": 128,
+            "data.augment": "mam-imagenet",
+            "training.epochs": 50,
+            "training.lr": 5e-4,
+        },
     ),
 }
 

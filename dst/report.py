@@ -94,6 +94,7 @@ def write(folder: Path) -> Path:
     epochs = [line for line in lines if line["kind"] == "epoch"]
     updates = [line for line in lines if line["kind"] == "update"]
     audits = [line for line in lines if line["kind"] == "audit"]
+    phases = [line for line in lines if line["kind"] == "phase"]
     finals = [line for line in lines if line["kind"] == "final"]
     if not finals:
         raise ValueError(f"the run in {folder} is not finished")
@@ -112,23 +113,30 @@ def write(folder: Path) -> Path:
         plots["connections changed per update"] = _plot(
             folder, "changed.png", 1, lambda a: _changed(a, updates)
         )
+    if any("beta" in line for line in epochs):
+        plots["ordinary sum left"] = _plot(folder, "beta.png", 1, lambda a: _beta(a, epochs))
     if audits:
         plots["growth audit"] = _plot(folder, "audit.png", 1, lambda a: _audit(a, audits))
     plots["where the time went"] = _plot(folder, "time.png", 1, lambda a: _time(a, epochs))
     report = folder / "report.md"
-    report.write_text(_markdown(config, summary, updates, audits, plots))
+    report.write_text(_markdown(config, summary, phases, updates, audits, plots))
     return report
 
 
 def _markdown(
-    config: Config, summary: Summary, updates: Lines, audits: Lines, plots: dict[str, str]
+    config: Config,
+    summary: Summary,
+    phases: Lines,
+    updates: Lines,
+    audits: Lines,
+    plots: dict[str, str],
 ) -> str:
     parts = [
         f"# {config.run.name}\n",
         f"{config.method} · {config.model} · {config.data.data} · density {summary.density:.4f} · "
         f"{config.training.epochs} epochs · seed {config.run.seed}\n",
-        "The accuracy is that of the last epoch, measured once on the test split; nothing was "
-        "chosen on it.\n",
+        "The accuracy is that of the last epoch, measured on the test split; nothing was chosen on "
+        "it.\n",
         "| | |\n|---|---|",
         *(f"| {name} | {value} |" for name, value in summary.rows().items()),
     ]
@@ -140,11 +148,27 @@ def _markdown(
         parts.append(f"| growth | {_searches(strategy_name(config) or '', updates)} |")
     if audits:
         parts.append(f"| growth audit | {_audited(audits)} |")
+    parts += _phases(phases)
     for title, file in plots.items():
         parts.append(f"\n## {title.capitalize()}\n\n![{title}]({file})")
     parts.append("\nAll settings: [config.json](config.json); all figures: "
                  "[metrics.jsonl](metrics.jsonl).")  # fmt: skip
     return "\n".join(parts) + "\n"
+
+
+def _phases(phases: Lines) -> list[str]:
+    """What each phase of a recipe came to."""
+    if not phases:
+        return []
+    rows = ["\n## Phases\n", "| | validation | test | weights | FLOPs an image | FLOPs so far |"]
+    rows.append("|---|---|---|---|---|---|")
+    for line in phases:
+        val = f"{line['val']['accuracy']:.2%}" if "val" in line else ""
+        rows.append(
+            f"| {line['phase']} | {val} | {line['test']['accuracy']:.2%} | {line['weights']:,} "
+            f"| {_readable(line['inference_flops'])} | {_readable(line['training_flops'])} |"
+        )
+    return rows
 
 
 def _searches(strategy: str, updates: Lines) -> str:
@@ -236,6 +260,16 @@ def _ramp(axes: list[Axes], updates: Lines) -> None:
     axis.set_xlabel("step")
     axis.set_ylabel("share of all weights alive after the update")
     axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+
+
+def _beta(axes: list[Axes], epochs: Lines) -> None:
+    axis = axes[0]
+    own = [line for line in epochs if "beta" in line]
+    axis.plot([line["epoch"] for line in own], [line["beta"] for line in own], marker=".")
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("share of the ordinary sum (beta)")
+    axis.set_ylim(-0.02, 1.02)
     axis.grid(alpha=0.3)
 
 

@@ -9,6 +9,7 @@ from growth import InputError
 
 DECAYS = ("cosine", "linear", "constant")
 LR_SCHEDULES = ("cosine", "steps", "constant")
+BETA_DECAYS = ("linear", "parabolic")
 
 
 @dataclass(frozen=True)
@@ -102,3 +103,35 @@ class LearningRate:
         if self.schedule == "steps":
             return self.factor ** sum(step >= m * self.steps for m in self.milestones)
         return 1.0
+
+
+@dataclass(frozen=True)
+class BetaSchedule:
+    """Vanishing contributions: beta of every step, from 1 at the first to 0 from step ``end`` on.
+
+    decay: ``linear`` 1 - q/Q or ``parabolic`` (q/Q)^2 - 2 q/Q + 1, where Q is ``end``, and q the
+    step, rounded down to a multiple of ``interval`` (the steps of an epoch: beta changes after
+    every epoch). Nikiforos 2024, appendix A.
+    """
+
+    end: int
+    decay: str = "linear"
+    interval: int = 1
+
+    def __post_init__(self) -> None:
+        if self.decay not in BETA_DECAYS:
+            raise InputError(
+                f"beta decay {self.decay!r} is unknown: choose {', '.join(BETA_DECAYS)}"
+            )
+        if self.end < 0 or self.interval < 1:
+            raise InputError(
+                f"beta cannot vanish over {self.end} steps, {self.interval} at a time: give at "
+                "least 0 steps, and 1 at a time"
+            )
+
+    def at(self, step: int) -> float:
+        """step: from 0."""
+        if step >= self.end:
+            return 0.0
+        left = 1 - step // self.interval * self.interval / self.end
+        return left if self.decay == "linear" else left**2

@@ -111,6 +111,7 @@ def test_small_alexnet_takes_backward_hooks_on_its_layers() -> None:
         ("alexnet-small", 1, 28),
         ("alexnet-small", 3, 32),
         ("alexnet-small", 1, 8),
+        ("alexnet-narrow", 1, 28),
         ("resnet18", 3, 64),
         ("resnet50", 1, 224),
         ("resnet18-small", 1, 28),
@@ -119,6 +120,7 @@ def test_small_alexnet_takes_backward_hooks_on_its_layers() -> None:
         ("vit-b-16", 1, 32),
         ("vit-small", 1, 28),
         ("vit-small", 3, 32),
+        ("vit-narrow", 1, 28),
         ("mlp-group", 1, 28),
         ("mlp-7", 3, 32),
         ("mlp-300-100", 1, 28),
@@ -363,8 +365,8 @@ def test_bad_numbers_are_refused(change: dict[str, object], said: str) -> None:
 
 def test_describe_lists_every_model_in_one_line() -> None:
     assert describe() == (
-        "wrn-DEPTH-WIDTH, alexnet, alexnet-small, resnet18, resnet50, resnet18-small, "
-        "resnet50-small, vit-b-16, vit-small, mlp-group, mlp-ticket, mlp-W1-W2-..., timm:NAME"
+        "wrn-DEPTH-WIDTH, alexnet, alexnet-small, alexnet-narrow, resnet18, resnet50, "
+        "resnet18-small, resnet50-small, vit-b-16, vit-small, vit-narrow, mlp-group, mlp-ticket, mlp-W1-W2-..., timm:NAME"
     )
     assert all(model.form.startswith(key) for key, model in MODELS.items())
     assert all(check_name(key) == key for key in MODELS)

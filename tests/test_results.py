@@ -12,7 +12,7 @@ import experiments
 import results
 import results_page
 
-from dst.recipes.sparse import _Run
+from dst.recipes.fit import Fit
 
 GROUP = experiments.Group(
     "tiny",
@@ -69,22 +69,22 @@ def test_a_run_that_was_cut_off_goes_on_and_is_the_same(monkeypatch):
             raise RuntimeError("killed")
         return log_epoch(self, epoch)
 
-    log_epoch = _Run._log_epoch
+    log_epoch = Fit._log_epoch
     with monkeypatch.context() as patch:
-        patch.setattr(_Run, "_log_epoch", cut_off)
+        patch.setattr(Fit, "_log_epoch", cut_off)
         with pytest.raises(RuntimeError, match="killed"):
             results.run(job)
     folder = results.FOLDERS / "tiny" / job.name
     assert (folder / "checkpoint.safetensors").exists() and not results.is_done(job)
 
     resumed_from = []
-    load = _Run.load
+    load = Fit.load
 
     def watched(self, tensors, state):
         resumed_from.append(state["step"])
         return load(self, tensors, state)
 
-    monkeypatch.setattr(_Run, "load", watched)
+    monkeypatch.setattr(Fit, "load", watched)
     results.run(job)
     assert resumed_from and resumed_from[0] > 0
     again = _stored(job)

@@ -13,4 +13,22 @@ METHODS: dict[str, MethodEntry] = {
     "similarity": similarity.ENTRY,
 }
 
-__all__ = ["METHODS", "DropGrow", "Method", "MethodEntry", "Unchanging", "UpdateDefaults"]
+# Ways of training of several phases, with a recipe each.
+PIPELINES: dict[str, str] = {"mam": "train with multiply-and-max/min, prune, fine-tune"}
+
+
+def entry_of(name: str) -> MethodEntry:
+    """Of a method; a pipeline begins dense, and neither drops nor grows."""
+    return dense.ENTRY if name in PIPELINES else METHODS[name]
+
+
+__all__ = [
+    "METHODS",
+    "PIPELINES",
+    "DropGrow",
+    "Method",
+    "MethodEntry",
+    "Unchanging",
+    "UpdateDefaults",
+    "entry_of",
+]

@@ -10,11 +10,11 @@ from typing import NamedTuple, Protocol
 
 from torch import nn
 
-from dst.models.alexnet import alexnet, alexnet_small
+from dst.models.alexnet import alexnet, alexnet_narrow, alexnet_small
 from dst.models.from_timm import timm_model
 from dst.models.mlp import mlp, mlp_group, mlp_ticket
 from dst.models.resnet import resnet18, resnet18_small, resnet50, resnet50_small
-from dst.models.vit import vit_b_16, vit_small
+from dst.models.vit import vit_b_16, vit_narrow, vit_small
 from dst.models.wide_resnet import wide_resnet
 from growth.errors import InputError
 
@@ -39,12 +39,14 @@ MODELS: dict[str, Model] = {
     "wrn": Model("wrn-DEPTH-WIDTH", wide_resnet),
     "alexnet": Model("alexnet", alexnet),
     "alexnet-small": Model("alexnet-small", alexnet_small),
+    "alexnet-narrow": Model("alexnet-narrow", alexnet_narrow),
     "resnet18": Model("resnet18", resnet18),
     "resnet50": Model("resnet50", resnet50),
     "resnet18-small": Model("resnet18-small", resnet18_small),
     "resnet50-small": Model("resnet50-small", resnet50_small),
     "vit-b-16": Model("vit-b-16", vit_b_16),
     "vit-small": Model("vit-small", vit_small),
+    "vit-narrow": Model("vit-narrow", vit_narrow),
     "mlp-group": Model("mlp-group", mlp_group),
     "mlp-ticket": Model("mlp-ticket", mlp_ticket),
     "mlp": Model("mlp-W1-W2-...", mlp),

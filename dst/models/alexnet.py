@@ -49,6 +49,26 @@ def alexnet_small(
     return model
 
 
+def alexnet_narrow(
+    suffix: str, *, in_channels: int, image_size: int, classes: int, dropout: float
+) -> "AlexNet":
+    """``alexnet-narrow``: alexnet-small with a quarter of the channels and of 512 neurons where it
+    has 4096: most of its weights are in the fully connected layers, too, and it trains on a CPU."""
+    model = alexnet_small(
+        suffix, in_channels=in_channels, image_size=image_size, classes=classes, dropout=dropout
+    )
+    channels = in_channels
+    for place, layer in enumerate(model.features):
+        if isinstance(layer, nn.Conv2d):
+            n_out, kernel = layer.out_channels // 4, layer.kernel_size[0]
+            stride, padding = layer.stride[0], int(layer.padding[0])
+            model.features[place] = nn.Conv2d(channels, n_out, kernel, stride, padding)
+            channels = n_out
+    for place, sizes in {1: (channels * 36, 512), 4: (512, 512), 6: (512, classes)}.items():
+        model.classifier[place] = nn.Linear(*sizes)
+    return model
+
+
 def _torchvision_alexnet(classes: int, dropout: float) -> "AlexNet":
     import torchvision  # slow to import, and no other model needs it
 

@@ -41,6 +41,18 @@ def vit_small(
     return _vision_transformer(4, 6, 3, 192, in_channels, image_size, classes, dropout)
 
 
+def vit_narrow(
+    suffix: str, *, in_channels: int, image_size: int, classes: int, dropout: float
+) -> VisionTransformer:
+    """``vit-narrow``: vit-small with 4 blocks of width 64 with 2 heads, which trains on a CPU."""
+    if image_size % 4:
+        raise InputError(
+            f"vit-narrow cuts images into patches of 4 px, which {image_size} px are no multiple "
+            "of: use --image-size, for example --image-size=32"
+        )
+    return _vision_transformer(4, 4, 2, 64, in_channels, image_size, classes, dropout)
+
+
 def _vision_transformer(
     patch: int,
     depth: int,

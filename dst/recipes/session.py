@@ -38,6 +38,13 @@ class Session:
     clock: Stopwatch = field(default_factory=Stopwatch)
     tracker: tracking.Tracker | None = None
     started: float = field(default_factory=time.perf_counter)
+    starting: bool = True
+
+    def started_up(self) -> None:
+        """Training begins: what came before was the start-up. Nothing at a second call."""
+        if self.starting:
+            self.clock.add("start-up", time.perf_counter() - self.started)
+            self.starting = False
 
     def open_tracker(self, wandb_id: str | None = None) -> None:
         """Call once the recipe knows that nothing is wrong with its input."""
