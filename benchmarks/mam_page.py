@@ -114,7 +114,8 @@ def plot(short: str, network: str, by_neuron: dict[str, list[Run]]) -> str:
             axis.set_xlabel("share of the weights kept")
             axis.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy (solid: MAM, dashed: sum)")
-    axes[1].legend(fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     name = f"mam-curves-{short}.png"
     figure.savefig(IMAGES / name, dpi=110)
     return name

@@ -63,7 +63,13 @@ class MAMLinear(_Vanishing, nn.Linear):
 
     Among equal products the lowest input wins; a NaN product makes the output NaN. The gradient
     goes to the two winners alone, scaled by 1 - beta, plus the ordinary one scaled by beta.
+
+    packed, deterministic: attributes for a GPU, see :func:`triton_kernels.mam.mam`; exact products
+    and gradients summed in one order by default.
     """
+
+    packed = False
+    deterministic = True
 
     def __init__(
         self,
@@ -83,7 +89,8 @@ class MAMLinear(_Vanishing, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self._parts == "mac":
             return F.linear(input, self.weight, self.bias)
-        own = _with_bias(mam(input, self.weight), self.bias)
+        own = mam(input, self.weight, packed=self.packed, deterministic=self.deterministic)
+        own = _with_bias(own, self.bias)
         if self._parts == "mam":
             return own
         return self._mixed(F.linear(input, self.weight, self.bias), own)

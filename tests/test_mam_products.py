@@ -414,7 +414,7 @@ def test_autocast(way: str, dtype: torch.dtype) -> None:
 def test_opcheck(way: str) -> None:
     x = torch.randn(17, 7, requires_grad=True)
     weight = torch.randn(5, 7, requires_grad=True)
-    torch.library.opcheck(torch.ops.sparsegrow.mam.default, (x, weight))
+    torch.library.opcheck(torch.ops.sparsegrow.mam.default, (x, weight, False, True))
     layout = topology_of(Grid.of(5, 7, 1, (1, 1)), "some", spare=0).layout
     values = torch.randn(17, 1, 1, requires_grad=True)
     for competes in (True, False):
@@ -426,7 +426,7 @@ def test_opcheck(way: str) -> None:
     for needs in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(
             torch.ops.sparsegrow.mam_backward.default,
-            (dy, x.detach(), weight.detach(), *dense[1:], *needs),
+            (dy, x.detach(), weight.detach(), *dense[1:], True, *needs),
             test_utils=tests,
         )
         torch.library.opcheck(
