@@ -13,10 +13,10 @@ from sparse_case import Case, topology_of
 
 from dst import SparseConv2d
 from growth import Grid
-from triton_kernels import blas, blocks, blocks_cpu, conv_cpu, csr, csr_cpu, forms
+from triton_kernels import blas, blocks, blocks_cpu, blocks_tiles, conv_cpu, csr, csr_cpu, forms
 from triton_kernels.waves import Memory, waves
 
-OF_BLOCKS = [forms.BLOCKS, forms.BLOCKS_CPU]
+OF_BLOCKS = [forms.BLOCKS, forms.BLOCKS_CPU, forms.BLOCKS_TILES]
 OF_ENTRIES = [forms.BLOCKS, forms.BLOCKS_CPU, forms.CSR, forms.CSR_CPU]
 
 
@@ -28,6 +28,8 @@ def _skip_unless_available(form: forms.Form) -> None:
         pytest.skip("numba is not installed")
     if form is forms.BLOCKS_CPU and not blocks_cpu.available(x):
         pytest.skip("this PyTorch has no batched BLAS")
+    if form is forms.BLOCKS_TILES and not blocks_tiles.available(x, (16, 16)):
+        pytest.skip("numba is not installed, or the processor has no fused multiply-add")
 
 
 def _check(form: forms.Form, case: Case, batch: int, dtype: torch.dtype) -> None:
@@ -53,6 +55,8 @@ def _check(form: forms.Form, case: Case, batch: int, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("form", OF_BLOCKS, ids=lambda form: form.name)
 def test_blocks(form: forms.Form, block: tuple[int, int], alive: str, dtype: torch.dtype) -> None:
     _skip_unless_available(form)
+    if form is forms.BLOCKS_TILES and any(side % 16 for side in block):
+        pytest.skip("not blocks for tiles")
     torch.manual_seed(0)
     for n_out, n_in, batch in ((70, 37, 9), (32, 64, 1), (1, 50, 3)):
         wide = torch.float64 if dtype == torch.bfloat16 else dtype
@@ -95,7 +99,7 @@ def test_a_batch_in_several_pieces(rows: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(blocks_cpu, "ROWS", rows)
     monkeypatch.setattr(blocks, "CHUNK_FLOATS", rows * 16)
     case = Case(topology_of(Grid.of(37, 18, 1, (4, 4)), "some"), torch.float64)
-    for form in OF_BLOCKS:
+    for form in (forms.BLOCKS, forms.BLOCKS_CPU):
         _check(form, case, 9, torch.float64)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from triton_kernels import scattered_cpu
 from triton_kernels.forms import conv_form
 from triton_kernels.layout import Layout, gather, scatter
 from triton_kernels.linear import cast_for_autocast
@@ -29,8 +31,8 @@ def sparse_conv2d(
 
     x: (batch, C, H, W) or (C, H, W); values: (capacity, bh, bw); bias: (n_out,) or None. compute:
     ``sparse`` never forms the weight, where there is such a product for the tensors (see
-    ``forms.conv_form``); else it is scattered, and again in backward. Under autocast the operands
-    are cast to its dtype.
+    ``forms.conv_form``); else it is scattered, and again in backward unless it still waits there
+    (``scattered_cpu``). Under autocast the operands are cast to its dtype.
     """
     if x.dim() not in (3, 4) or x.shape[-3] != layout.channels:
         raise ValueError(
@@ -41,7 +43,8 @@ def sparse_conv2d(
     geometry = (kernel_size, stride, padding, dilation)
     y = _conv(batched, values, *layout[:6], layout.n_out, *geometry, compute == "sparse")
     if bias is not None:
-        y = y + bias.view(-1, 1, 1)
+        # Its own memory: another tensor of the size of y would be written and read for nothing.
+        y = y.add_(bias.view(-1, 1, 1))
     return y if x.dim() == 4 else y[0]
 
 
@@ -55,11 +58,19 @@ def _dense_weight(
     kernel: Sequence[int],
 ) -> Tensor:
     """(n_out, C, kh, kw), in the memory order of ``x``."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    if scattered_cpu.available(values, n_out * x.shape[1] * math.prod(kernel)):
+        order = torch.channels_last if last else torch.contiguous_format
+        shape = (n_out, x.shape[1], *kernel)
+        weight = torch.empty(shape, dtype=values.dtype, memory_format=order)
+        columns = weight.permute(0, 2, 3, 1).view(n_out, -1, x.shape[1])
+        scattered_cpu.scatter(values, row_offsets, cols, slots, columns)
+        return weight
     dense = scatter(values, row_offsets, cols, slots, n_out, kernel[0] * kernel[1], x.shape[1])
     weight = dense.view(n_out, kernel[0], kernel[1], x.shape[1]).permute(0, 3, 1, 2)
     # The (kh, kw, C) order in which it was scattered is channels-last. Left so beside an input that
     # is not, it would drag the rest of the network into that format.
-    return weight if x.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
+    return weight if last else weight.contiguous()
 
 
 @torch.library.custom_op("sparsegrow::conv2d", mutates_args=())
@@ -83,7 +94,11 @@ def _conv(
     form = conv_form(x, (values.shape[1], values.shape[2])) if sparse else None
     if form is not None:
         return form.forward(x, values, row_offsets, cols, slots, n_out, *geometry)
-    weight = _dense_weight(x, values, row_offsets, cols, slots, n_out, kernel)
+    index = row_offsets, cols, slots
+    weight = _dense_weight(x, values, *index, n_out, kernel)
+    # Only the gradient of x needs it again.
+    if x.requires_grad and scattered_cpu.available(values, weight.numel()):
+        scattered_cpu.keep(weight, values, index)
     return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation)
 
 
@@ -139,7 +154,10 @@ def _conv_backward(
             at = (row_offsets, cols, slots, capacity, (bh, bw))
             dvalues = form.weight_gradient(x, dy, *at, *geometry)
         return dx, dvalues
-    weight = _dense_weight(x, values, row_offsets, cols, slots, dy.shape[1], kernel)
+    index = row_offsets, cols, slots
+    weight = scattered_cpu.take(values, index)
+    if weight is None:
+        weight = _dense_weight(x, values, *index, dy.shape[1], kernel)
     dx, dense, _ = torch.ops.aten.convolution_backward(
         dy,
         x,
@@ -157,8 +175,10 @@ def _conv_backward(
         dx = x.new_empty(0)
     if not need_values:
         return dx, values.new_empty(0)
-    dense = dense.permute(0, 2, 3, 1).reshape(dy.shape[1], -1, x.shape[1])
-    return dx, gather(dense, row_offsets, cols, slots, capacity, (bh, bw))
+    dense = dense.permute(0, 2, 3, 1).flatten(1, 2)
+    if scattered_cpu.available(values, dense.numel()):
+        return dx, scattered_cpu.gather(dense, values, *index)
+    return dx, gather(dense, *index, capacity, (bh, bw))
 
 
 @_conv_backward.register_fake

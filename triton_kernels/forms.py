@@ -15,6 +15,7 @@ from triton_kernels import (
     block_sparse,
     blocks,
     blocks_cpu,
+    blocks_tiles,
     conv_cpu,
     csr,
     csr_cpu,
@@ -25,13 +26,15 @@ from triton_kernels.waves import Memory
 
 class Form(NamedTuple):
     """The three products of a layer, with the arguments of those in ``blocks``, or, for a
-    convolution, of those in ``conv_cpu``. takes_bias: whether the forward one takes it as well."""
+    convolution, of those in ``conv_cpu``. takes_bias: whether the forward one takes it as well.
+    gradients: those of a linear layer at once, where that is faster: see ``csr_cpu.gradients``."""
 
     name: str
     forward: Callable[..., Tensor]
     input_gradient: Callable[..., Tensor]
     weight_gradient: Callable[..., Tensor]
     takes_bias: bool = False
+    gradients: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 def linear_form(x: Tensor, block: tuple[int, int]) -> Form:
@@ -45,6 +48,8 @@ def linear_form(x: Tensor, block: tuple[int, int]) -> Form:
         return CSR_CPU
     if single and csr.available(x.device):
         return CSR
+    if blocks_tiles.available(x, block):
+        return BLOCKS_TILES
     return BLOCKS_CPU if blocks_cpu.available(x) else BLOCKS
 
 
@@ -95,6 +100,13 @@ BLOCKS = Form("blocks", blocks.forward, blocks.input_gradient, blocks.weight_gra
 BLOCKS_CPU = Form(
     "blocks_cpu", blocks_cpu.forward, blocks_cpu.input_gradient, blocks_cpu.weight_gradient
 )
+BLOCKS_TILES = Form(
+    "blocks_tiles",
+    blocks_tiles.forward,
+    blocks_tiles.input_gradient,
+    blocks_tiles.weight_gradient,
+    takes_bias=True,
+)
 BLOCKS_GPU = Form(
     "block_sparse",
     block_sparse.forward,
@@ -103,7 +115,13 @@ BLOCKS_GPU = Form(
     takes_bias=True,
 )
 CSR = Form("csr", csr.product, csr.product, csr.weight_gradient)
-CSR_CPU = Form("csr_cpu", csr_cpu.product, csr_cpu.product, csr_cpu.weight_gradient)
+CSR_CPU = Form(
+    "csr_cpu",
+    csr_cpu.product,
+    csr_cpu.product,
+    csr_cpu.weight_gradient,
+    gradients=csr_cpu.gradients,
+)
 CSR_GPU = Form("csr_gpu", csr_gpu.product, csr_gpu.product, csr_gpu.weight_gradient)  # type: ignore[has-type]
 CONV_CPU = Form("conv_cpu", conv_cpu.forward, conv_cpu.input_gradient, conv_cpu.weight_gradient)
 CONV_GPU = Form(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_kernels import scattered_cpu
 from triton_kernels.forms import linear_form
 from triton_kernels.layout import Layout, gather, scatter
 
@@ -17,8 +18,9 @@ def sparse_linear(
     """x W^T + bias with W given by its alive blocks.
 
     x: (..., n_in); values: (capacity, bh, bw); bias: (n_out,) or None. Returns (..., n_out).
-    compute: ``sparse`` never forms W; ``dense`` scatters it for the product, and again in backward.
-    Under autocast both operands are cast to its dtype.
+    compute: ``sparse`` never forms W; ``dense`` scatters it for the product, and again in backward
+    unless it still waits there (``scattered_cpu``). Under autocast both operands are cast to its
+    dtype.
     """
     if x.shape[-1] != layout.n_in:
         raise ValueError(f"x has {x.shape[-1]} features, but the weight has {layout.n_in} inputs")
@@ -63,6 +65,8 @@ def _linear(
         if form.takes_bias:
             return form.forward(x, values, row_offsets, cols, slots, n_out, bias)
         y = form.forward(x, values, row_offsets, cols, slots, n_out).contiguous()
+    elif scattered_cpu.available(values, n_out * x.shape[1]):
+        return scattered_cpu.forward(x, values, row_offsets, cols, slots, n_out, bias)
     else:
         weight = scatter(values, row_offsets, cols, slots, n_out, 1, x.shape[1])
         y = x @ weight.view(n_out, -1).T
@@ -105,7 +109,10 @@ def _linear_backward(
     """(dx, dvalues); one that is not needed is empty."""
     dx, dvalues = x.new_empty(0), values.new_empty(0)
     capacity, bh, bw = values.shape
-    if not sparse:
+    if not sparse and scattered_cpu.available(values, dy.shape[1] * x.shape[1]):
+        index = row_offsets, cols, slots
+        dx, dvalues = scattered_cpu.backward(dy, x, values, *index, need_x, need_values)
+    elif not sparse:
         if need_x:
             weight = scatter(values, row_offsets, cols, slots, dy.shape[1], 1, x.shape[1])
             dx = dy @ weight.view(dy.shape[1], -1)
@@ -114,6 +121,8 @@ def _linear_backward(
             dvalues = gather(dense, row_offsets, cols, slots, capacity, (bh, bw))
     else:
         form = linear_form(x, (bh, bw))
+        if need_x and need_values and form.gradients is not None:
+            return form.gradients(x, dy, values, col_offsets, rows_t, slots_t)
         if need_x:
             dx = form.input_gradient(dy, values, col_offsets, rows_t, slots_t, x.shape[1])
         if need_values:

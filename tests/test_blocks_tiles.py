@@ -1,0 +1,135 @@
+"""Block-sparse products on the CPU that run through registers: their edges, and their threads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sparse_case import Case, topology_of
+from torch import Tensor
+
+from growth import Grid
+from triton_kernels import blocks_tiles, forms
+
+pytest.importorskip("numba", reason="numba is not installed")
+
+from triton_kernels import blocks_numba, registers
+
+if not registers.fused():
+    pytest.skip("no fused multiply-add on this processor", allow_module_level=True)
+
+
+def _within(n: int, width: int) -> tuple[Tensor, Tensor]:
+    """(numbers, a contiguous view (n, width) in their midst), the others NaN."""
+    numbers = torch.full((n * width + 200,), torch.nan)
+    view = numbers[100 : 100 + n * width].view(n, width)
+    view.normal_()
+    return numbers, view
+
+
+def _check(block: tuple[int, int], n_out: int, n_in: int, batch: int, alive: str) -> None:
+    case = Case(topology_of(Grid.of(n_out, n_in, 1, block), alive), torch.float32)
+    layout, values = case.topology.layout, case.values.detach()
+    (_, x), (_, dy), bias = _within(batch, n_in), _within(batch, n_out), torch.randn(n_out)
+    close = {"rtol": 1e-4, "atol": 1e-4 * max(1, batch, n_in, n_out) ** 0.5}
+    y = blocks_tiles.forward(x, values, *layout[:3], n_out, bias)
+    expected = x.double() @ case.weight.T + bias.double()
+    torch.testing.assert_close(y.double(), expected, **close)
+    dx = blocks_tiles.input_gradient(dy, values, *layout[3:6], n_in)
+    torch.testing.assert_close(dx.double(), dy.double() @ case.weight, **close)
+    case.values.grad = blocks_tiles.weight_gradient(x, dy, *layout[:3], len(values), block)
+    case.check_gradient(dy.double().T @ x.double(), close["atol"])
+
+
+@pytest.mark.parametrize("alive", ["none", "one", "some", "all"])
+@pytest.mark.parametrize("block", [(64, 32), (48, 16), (128, 64)])
+def test_shapes_that_fit_nothing(block: tuple[int, int], alive: str) -> None:
+    """Edge blocks both ways, on either side of the middle of a panel, and batches that end inside
+    of a tile or a piece. Around x and dy lies NaN."""
+    torch.manual_seed(0)
+    for n_out, n_in, batch in (
+        (300, 200, 7),
+        (129, 97, 131),
+        (5, 300, 300),
+        (64, 192, 64),
+        (40, 40, 0),
+    ):
+        _check(block, n_out, n_in, batch, alive)
+
+
+@pytest.mark.parametrize("features", [{"avx2": True, "fma": True}, {}], ids=["avx2", "neon"])
+def test_tiles_of_other_processors(
+    features: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registers, "_features", lambda: features)
+    assert registers.product_tile(64, 4) == (6, 1) and registers.gradient_tile(64, 4) == (4, 1)
+    _check((32, 64), 70, 150, 140, "some")
+
+
+@pytest.mark.parametrize("features", [{"avx512f": True}, {"avx2": True}, {}])
+@pytest.mark.parametrize("itemsize", [4, 8])
+def test_tiles_divide_blocks(
+    features: dict[str, bool], itemsize: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registers, "_features", lambda: features)
+    for width in range(16, 272, 16):
+        (rows, vectors), (outputs, inputs) = (
+            tile(width, itemsize) for tile in (registers.product_tile, registers.gradient_tile)
+        )
+        assert rows > 0 and 16 % outputs == 0
+        assert width % (16 * vectors) == 0 and width % (16 * inputs) == 0
+
+
+def test_nothing_is_written_beside_the_result() -> None:
+    n_out, n_in, batch, block = 70, 37, 9, (32, 32)
+    case = Case(topology_of(Grid.of(n_out, n_in, 1, block), "all"), torch.float32)
+    layout, values = case.topology.layout, case.values.detach()
+    numbers, out = _within(batch, n_out)
+    x = torch.randn(batch, n_in)
+    offsets, index, slots = (t.long().numpy() for t in layout[:3])
+    tile = registers.product_tile(32, 4)
+    rooms = np.empty((1, 16 * tile[0] * tile[1] + 2 * 32 * 32), np.float32)
+    blocks_numba.product(*tile)(
+        *(x.view(-1).numpy(), values.view(-1).numpy(), True, offsets, index, slots),
+        *(np.zeros(96, np.float32), out.view(-1).numpy(), rooms, np.array([0, 3])),
+        *((batch, n_in, n_out, 32, 32), 0, 1),
+    )
+    torch.testing.assert_close(out.double(), x.double() @ case.weight.T, rtol=1e-4, atol=1e-4)
+    assert numbers[:100].isnan().all() and numbers[-100:].isnan().all()
+
+
+def test_the_result_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks_tiles, "_SHARED", 1)
+    torch.manual_seed(0)
+    case = Case(topology_of(Grid.of(300, 200, 1, (32, 32)), "some"), torch.float32)
+    layout, values = case.topology.layout, case.values.detach()
+    x, dy = torch.randn(150, 200), torch.randn(150, 300)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 7, 64):
+            torch.set_num_threads(number)
+            y = blocks_tiles.forward(x, values, *layout[:3], 300)
+            dx = blocks_tiles.input_gradient(dy, values, *layout[3:6], 200)
+            gradient = blocks_tiles.weight_gradient(x, dy, *layout[:3], len(values), (32, 32))
+            found.append((y, dx, gradient))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    torch.testing.assert_close(
+        found[0][0].double(), x.double() @ case.weight.T, rtol=1e-4, atol=1e-3
+    )
+
+
+def test_which_blocks_they_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.empty(0)
+    assert forms.linear_form(x, (16, 48)) is forms.BLOCKS_TILES
+    assert forms.linear_form(x.bfloat16(), (128, 16)) is forms.BLOCKS_TILES
+    assert forms.linear_form(x, (16, 8)) is not forms.BLOCKS_TILES
+    assert not blocks_tiles.available(x.to(torch.complex64), (16, 16))
+    assert not blocks_tiles.available(torch.empty(0, device="meta"), (16, 16))
+    monkeypatch.setattr(registers, "machine", lambda: "x86_64")
+    monkeypatch.setattr(registers, "_features", lambda: {"avx2": True})
+    assert not registers.fused()
+    monkeypatch.setattr(registers, "machine", lambda: "aarch64")
+    assert registers.fused()

@@ -1,0 +1,230 @@
+"""Scattered products on the CPU with numba: against plain scattering, and a float64 reference."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+from largest_tensor import LargestTensor
+from sparse_case import Case, topology_of
+from torch import Tensor, nn
+
+from dst import Change, SparseLinear
+from growth import Grid
+from triton_kernels import gather, scatter, scattered_cpu, sparse_conv2d, sparse_linear
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("numba") is None, reason="numba is not installed"
+)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of any size, in many pieces."""
+    monkeypatch.setattr(scattered_cpu, "LEAST_ENTRIES", 0)
+    monkeypatch.setattr(scattered_cpu, "_SHARED", 0)
+    monkeypatch.setattr(scattered_cpu, "PIECE_BYTES", 1 << 11)
+
+
+def _nan(like: Tensor) -> Tensor:
+    return torch.full_like(like, torch.nan)
+
+
+@pytest.mark.parametrize("alive", ["none", "one", "some", "all"])
+@pytest.mark.parametrize("block", [(1, 1), (3, 2), (16, 16), (5, 40)])
+def test_scatter_and_gather(block: tuple[int, int], alive: str) -> None:
+    """In both orders of a weight; NaN in free slots, and in what is written to."""
+    for n_out, taps, channels in ((7, 1, 10), (37, 6, 18), (32, 1, 48), (1, 9, 1)):
+        grid = Grid.of(n_out, taps * channels, taps, block)
+        case = Case(topology_of(grid, alive), torch.float32)
+        values, index = case.values.detach(), case.topology.layout[:3]
+        expected = scatter(values, *index, n_out, taps, channels)
+        gradient = torch.randn(n_out, taps, channels)
+        for dense in (_nan(expected), _nan(expected.mT.contiguous()).mT):
+            scattered_cpu.scatter(values, *index, dense)
+            assert torch.equal(dense, expected)
+            dense.copy_(gradient)
+            found = scattered_cpu.gather(dense, values, *index)
+            assert torch.equal(found, gather(gradient, *index, len(values), grid.block))
+
+
+@pytest.mark.parametrize(
+    ("block", "dtype", "tolerance"),
+    [
+        ((1, 1), torch.float32, 1e-5),
+        ((16, 16), torch.float32, 1e-5),
+        ((5, 40), torch.float32, 1e-5),
+        ((16, 16), torch.bfloat16, 0.02),
+    ],
+)
+@pytest.mark.parametrize("alive", ["none", "some", "all"])
+def test_linear(block: tuple[int, int], dtype: torch.dtype, tolerance: float, alive: str) -> None:
+    torch.manual_seed(0)
+    for n_out, n_in, batch in ((70, 37, 9), (32, 64, 1), (1, 50, 3), (24, 16, 0)):
+        case = Case(topology_of(Grid.of(n_out, n_in, 1, block), alive), dtype)
+        layout = case.topology.layout
+        for bias in (None, torch.randn(n_out, dtype=dtype, requires_grad=True)):
+            case.values.grad = None
+            x = torch.randn(batch, n_in, dtype=dtype, requires_grad=True)
+            wide = x.detach().double()
+            y = sparse_linear(x, case.values, layout, bias)
+            expected = F.linear(wide, case.weight, None if bias is None else bias.detach().double())
+            close = {"rtol": tolerance, "atol": 10 * tolerance}
+            torch.testing.assert_close(y.double(), expected, **close)
+            dy = torch.randn_like(y)
+            y.backward(dy)
+            torch.testing.assert_close(x.grad.double(), dy.double() @ case.weight, **close)
+            case.check_gradient(dy.double().T @ wide, 10 * tolerance)
+
+
+def test_one_gradient_alone() -> None:
+    case = Case(topology_of(Grid.of(30, 20, 1, (4, 4)), "some"), torch.float32)
+    index, values = case.topology.layout[:3], case.values.detach()
+    x, dy = torch.randn(20, 6).T, torch.randn(6, 30)
+    both = scattered_cpu.backward(dy, x, values, *index, True, True)
+    dx, none = scattered_cpu.backward(dy, x, values, *index, True, False)
+    assert torch.equal(dx, both[0]) and none.numel() == 0
+    none, dvalues = scattered_cpu.backward(dy, x, values, *index, False, True)
+    assert torch.equal(dvalues, both[1]) and none.numel() == 0
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("block", [(1, 1), (4, 3)])
+def test_conv2d(block: tuple[int, int], memory_format: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    for channels, n_out, kernel in ((5, 13, (3, 2)), (1, 4, (3, 3)), (6, 9, (1, 1))):
+        taps = kernel[0] * kernel[1]
+        grid = Grid.of(n_out, channels * taps, taps, block)
+        case = Case(topology_of(grid, "some"), torch.float32)
+        x = torch.randn(2, channels, 6, 7).to(memory_format=memory_format).requires_grad_()
+        y = sparse_conv2d(x, case.values, case.topology.layout, kernel, torch.ones(n_out))
+        wide = x.detach().double().requires_grad_()
+        weight = case.weight.view(n_out, *kernel, channels).permute(0, 3, 1, 2).clone()
+        expected = F.conv2d(wide, weight.requires_grad_()) + 1
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+        assert y.is_contiguous(memory_format=memory_format)
+        dy = torch.randn_like(y)
+        y.backward(dy)
+        expected.backward(dy.double())
+        torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-5, atol=1e-4)
+        case.check_gradient(weight.grad.permute(0, 2, 3, 1).flatten(1), 1e-4)
+
+
+def test_the_result_does_not_depend_on_threads() -> None:
+    case = Case(topology_of(Grid.of(61, 40, 1, (1, 1)), "some"), torch.float32)
+    index, values = case.topology.layout[:3], case.values.detach()
+    other, threads = torch.randn(61, 1, 40), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            dense = _nan(other)
+            scattered_cpu.scatter(values, *index, dense)
+            found.append((dense, scattered_cpu.gather(other, values, *index)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0][i], other[i]) for other in found[1:] for i in (0, 1))
+
+
+def test_no_dense_weight_or_gradient_is_made() -> None:
+    layer = SparseLinear(300, 360, density=0.1, block=(4, 4), compute="dense")
+    x = torch.randn(8, 300, requires_grad=True)
+    with LargestTensor() as watch:
+        layer(x).sum().backward()
+    assert watch.largest <= layer.values.numel()
+
+
+def test_it_follows_values_and_topology() -> None:
+    """Steps of an optimizer, and a change of what is alive, beside a dense twin."""
+    torch.manual_seed(0)
+    layer = SparseLinear(40, 30, density=0.3, block=(2, 4), compute="dense")
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    x = torch.randn(8, 40)
+    for step in range(4):
+        if step == 2:
+            dead = torch.arange(150)[~torch.isin(torch.arange(150), layer.topology.keys())]
+            slots, _ = layer.topology.edit(Change(layer.topology.keys()[:7], dead[:7]))
+            with torch.no_grad():
+                layer.values[slots] = torch.randn(7, 2, 4)
+        twin = nn.Linear(40, 30)
+        twin.load_state_dict({"weight": layer.dense_weight(), "bias": layer.bias})
+        for module in (layer, twin):
+            module.zero_grad()
+            module(x).square().sum().backward()
+        torch.testing.assert_close(layer(x), twin(x))
+        index = layer.topology.layout[:3]
+        expected = gather(twin.weight.grad[:, None], *index, len(layer.values), (2, 4))
+        torch.testing.assert_close(layer.values.grad, expected)
+        optimizer.step()
+
+
+def _kept() -> list[Tensor]:
+    return [kept.weight for kept in scattered_cpu._waiting.weights.values()]
+
+
+def test_a_weight_waits_for_its_backward_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 20 * 30 * 4
+    monkeypatch.setattr(scattered_cpu, "PIECE_BYTES", size)
+    monkeypatch.setattr(scattered_cpu, "WAITING_BYTES", 2 * size)
+    made: list[int] = []
+    plain = scattered_cpu.scatter
+
+    def counted(*args: Tensor) -> None:
+        made.append(1)
+        plain(*args)
+
+    monkeypatch.setattr(scattered_cpu, "scatter", counted)
+    layers = [SparseLinear(30, 20, density=0.4, compute="dense") for _ in range(3)]
+    x = torch.randn(4, 30, requires_grad=True)
+    outputs = [layer(x) for layer in layers]
+    assert len(_kept()) == 2  # of three, the last two fit
+    for y in reversed(outputs):
+        y.sum().backward(retain_graph=True)
+    assert len(made) == 4 and not _kept()
+    outputs[0].sum().backward()
+    assert len(made) == 5
+
+    with torch.no_grad():
+        layers[0](x.detach())
+    layers[0](x.detach())  # no gradient of x: the weight is not needed again
+    assert not _kept()
+    y = layers.pop()(x)
+    assert len(_kept()) == 1
+    del y, outputs
+    gc.collect()
+    layers.clear()
+    gc.collect()
+    assert not _kept()
+
+
+def test_what_was_kept_is_not_used_for_another_weight() -> None:
+    case = Case(topology_of(Grid.of(20, 12, 1, (1, 1)), "some"), torch.float32)
+    index, values = case.topology.layout[:3], case.values.detach()
+    weight = torch.randn(20, 12)
+    for change in (None, values, index[1]):
+        scattered_cpu.keep(weight, values, index)
+        if change is not None:
+            change.add_(0)
+        found = scattered_cpu.take(values, index)
+        assert found is (weight if change is None else None)
+        assert scattered_cpu.take(values, index) is None
+    scattered_cpu.keep(weight, values, index)
+    assert scattered_cpu.take(values, (*index[:2], index[2].clone())) is None
+    scattered_cpu.keep(weight, values, index)
+    assert scattered_cpu.take(values.clone(), index) is None
+    with torch.inference_mode():
+        assert scattered_cpu.take(torch.ones(3, 1, 1), index) is None
+    scattered_cpu.take(values, index)
+
+
+def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.empty(3, 1, 1)
+    assert scattered_cpu.available(values, 9)
+    assert not scattered_cpu.available(values.to("meta"), 9)
+    monkeypatch.setattr(scattered_cpu, "LEAST_ENTRIES", 10)
+    assert not scattered_cpu.available(values, 9)
+    monkeypatch.setattr(scattered_cpu, "_numba", lambda: False)
+    assert not scattered_cpu.available(values, 10)

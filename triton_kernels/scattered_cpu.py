@@ -1,0 +1,226 @@
+"""Products with a scattered weight on the CPU, where numba scatters and gathers.
+
+A weight of up to ``PIECE_BYTES`` is scattered once a training step: its backward finds it where
+forward left it, as long as those that wait for their backward take no more than ``WAITING_BYTES``
+together; the oldest go first. Of a larger one, in a linear layer, a piece of the rows is scattered
+at a time, in forward and again in backward. What is scattered is never older than the last forward.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from triton_kernels import threads
+
+# Larger pieces of memory come from the system anew each time (32 MB with glibc), a page at a time.
+PIECE_BYTES = 28 << 20
+WAITING_BYTES = 64 << 20
+# A smaller weight is scattered before a compiler has been imported.
+LEAST_ENTRIES = 1 << 16
+# Fewer entries than this are not worth a second thread.
+_SHARED = 1 << 18
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Index = tuple[Tensor, Tensor, Tensor]
+
+
+def available(values: Tensor, entries: int) -> bool:
+    """Whether it serves a weight of so many entries, zeros included."""
+    return values.device.type == "cpu" and entries >= LEAST_ENTRIES and _numba()
+
+
+@cache
+def _numba() -> bool:
+    return find_spec("numba") is not None
+
+
+def forward(
+    x: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    cols: Tensor,
+    slots: Tensor,
+    n_out: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x: (batch, n_in) -> x W^T + bias: (batch, n_out)."""
+    y = x.new_empty(len(x), n_out)
+    index = row_offsets, cols, slots
+    pieces = _pieces(values, index, n_out, x.shape[1])
+    scratch = values.new_empty(pieces[0].outputs, 1, x.shape[1])
+    for piece in pieces:
+        weight = scratch[: piece.outputs]
+        scatter(values, *piece.places, weight)
+        out = y[:, piece.rows]
+        if bias is None:
+            torch.mm(x, weight[:, 0].T, out=out)
+        else:
+            torch.addmm(bias[piece.rows], x, weight[:, 0].T, out=out)
+    # Only the gradient of x needs it again.
+    if x.requires_grad and len(pieces) == 1:
+        keep(scratch, values, index)
+    return y
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    cols: Tensor,
+    slots: Tensor,
+    need_x: bool,
+    need_values: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dx, dvalues) of ``forward``, free slots zero; one that is not needed is empty."""
+    dx = x.new_empty(x.shape if need_x else 0)
+    dvalues = _gradient(values, cols) if need_values else values.new_empty(0)
+    index = row_offsets, cols, slots
+    pieces = _pieces(values, index, dy.shape[1], x.shape[1])
+    kept = take(values, index)
+    scratch = values.new_empty(pieces[0].outputs, 1, x.shape[1]) if kept is None else kept
+    for piece in pieces:
+        own, dense = dy[:, piece.rows], scratch[: piece.outputs]
+        if need_x:
+            if kept is None:
+                scatter(values, *piece.places, dense)
+            torch.addmm(dx, own, dense[:, 0], beta=int(piece is not pieces[0]), out=dx)
+        if need_values:
+            torch.mm(own.T, x, out=dense[:, 0])
+            _gather(dvalues, *piece.places, dense)
+    return dx, dvalues
+
+
+def scatter(
+    values: Tensor, row_offsets: Tensor, cols: Tensor, slots: Tensor, dense: Tensor
+) -> None:
+    """``layout.scatter`` into ``dense``: (n_out, taps, channels), in any memory order."""
+    # Not at the top: numba takes a second to import.
+    from triton_kernels.scatter_numba import scatter_blocks, scatter_entries
+
+    kernel = scatter_entries if values.shape[1:] == (1, 1) else scatter_blocks
+    _share(kernel, values.contiguous(), row_offsets, cols, slots, dense)
+
+
+def gather(
+    dense: Tensor, values: Tensor, row_offsets: Tensor, cols: Tensor, slots: Tensor
+) -> Tensor:
+    """``layout.gather`` of the gradient of these values from that of the dense weight."""
+    gradient = _gradient(values, cols)
+    _gather(gradient, row_offsets, cols, slots, dense)
+    return gradient
+
+
+def _gather(
+    gradient: Tensor, row_offsets: Tensor, cols: Tensor, slots: Tensor, dense: Tensor
+) -> None:
+    from triton_kernels.scatter_numba import gather_blocks, gather_entries
+
+    kernel = gather_entries if gradient.shape[1:] == (1, 1) else gather_blocks
+    _share(kernel, gradient, row_offsets, cols, slots, dense)
+
+
+def _gradient(values: Tensor, cols: Tensor) -> Tensor:
+    """Every alive block is written whole; only free slots need zeros."""
+    make = values.new_empty if len(values) == cols.numel() else values.new_zeros
+    return make(values.shape)
+
+
+class _Piece(NamedTuple):
+    """``outputs`` rows of a weight, and the row offsets, columns and slots of their blocks."""
+
+    rows: slice
+    outputs: int
+    places: Index
+
+
+def _pieces(values: Tensor, index: Index, n_out: int, n_in: int) -> list[_Piece]:
+    """Whole rows of blocks, the most in the first piece."""
+    row_offsets, cols, slots = index
+    bh, n_rows = values.shape[1], row_offsets.numel() - 1
+    # Sums of half precision are not to be rounded after every piece.
+    whole = values.element_size() <= 2
+    count = 1 if whole else -(-n_out * n_in * values.element_size() // PIECE_BYTES)
+    height = -(-n_rows // count)
+    cuts = [*range(0, n_rows, height), n_rows]
+    ends = row_offsets[cuts].tolist()
+    return [
+        _Piece(
+            slice(a * bh, min(b * bh, n_out)),
+            min(b * bh, n_out) - a * bh,
+            (row_offsets[a : b + 1], cols[first:last], slots[first:last]),
+        )
+        for (a, b), (first, last) in zip(pairwise(cuts), pairwise(ends), strict=True)
+    ]
+
+
+class _Kept(NamedTuple):
+    """A scattered weight, and what it was scattered from: the values as they were."""
+
+    weight: Tensor
+    places: Index
+    versions: list[int]
+
+
+class _Waiting(threading.local):
+    """Weights whose backward is to come, in the order in which they were scattered. Autograd runs
+    it on the thread of its caller. Nothing stays longer than its values."""
+
+    def __init__(self) -> None:
+        self.weights: Any = WeakTensorKeyDictionary()
+
+
+_waiting = _Waiting()
+
+
+def keep(weight: Tensor, values: Tensor, index: Index) -> None:
+    """Leave a weight, which nobody else may write to, for ``take``."""
+    weights = _waiting.weights
+    weights.pop(values, None)
+    held = sum(kept.weight.nbytes for kept in weights.values()) + weight.nbytes
+    for older in list(weights):
+        if held <= WAITING_BYTES:
+            break
+        held -= weights.pop(older).weight.nbytes
+    if held <= WAITING_BYTES:
+        weights[values] = _Kept(weight, index, _versions(values, index))
+
+
+def take(values: Tensor, index: Index) -> Tensor | None:
+    """What was kept of these values at these places, if it is still there: for the caller alone."""
+    kept = _waiting.weights.pop(values, None)
+    if kept is None or kept.versions != _versions(values, index):
+        return None
+    same = all(a is b for a, b in zip(kept.places, index, strict=True))
+    return kept.weight if same else None
+
+
+def _versions(values: Tensor, index: Index) -> list[int]:
+    return [0 if t.is_inference() else t._version for t in (values, *index)]
+
+
+def _share(
+    kernel: Callable[..., None],
+    values: Tensor,
+    row_offsets: Tensor,
+    cols: Tensor,
+    slots: Tensor,
+    dense: Tensor,
+) -> None:
+    """Run a kernel on as many threads as PyTorch has, each with as many rows of blocks."""
+    bits = _BITS[values.element_size()]
+    tensors = (values.detach().view(bits), row_offsets, cols, slots, dense.detach().view(bits))
+    n_rows = row_offsets.numel() - 1
+    count = min(torch.get_num_threads(), n_rows) if dense.numel() >= _SHARED else 1
+    cuts = [n_rows * i // count for i in range(count + 1)]
+    threads.run(kernel, [t.numpy() for t in tensors], list(pairwise(cuts)))
