@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Processes that run tests side by side, of about 1.5 GB each.
+JOBS ?= 2
 
 VENV_PYTHON := $(VENV)/bin/python
 TRAIN_READY := $(VENV)/.ready-train
@@ -31,10 +33,10 @@ results: $(TRAIN_READY)
 	@$(VENV_PYTHON) benchmarks/results.py $(ARGS)
 
 test: $(TEST_READY)
-	@$(VENV_PYTHON) -m pytest -m "not gpu and not slow" $(ARGS)
+	@$(VENV_PYTHON) -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not slow" $(ARGS)
 
 test-all: $(TEST_READY)
-	@$(VENV_PYTHON) -m pytest -m "not gpu" $(ARGS)
+	@$(VENV_PYTHON) -m pytest -n $(JOBS) --dist loadfile -m "not gpu" $(ARGS)
 
 lint: $(TEST_READY)
 	@$(VENV_PYTHON) -m ruff check .

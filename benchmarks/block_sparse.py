@@ -1,7 +1,7 @@
 """Sparse products against the dense ones of the same size, side by side in one process.
 
     python benchmarks/block_sparse.py                    # about 20 minutes on two quiet cores
-    python benchmarks/block_sparse.py --only square      # or wrn, alexnet, vit, fit, page
+    python benchmarks/block_sparse.py --only square      # or wrn, alexnet, vit, auto, page
     python benchmarks/block_sparse.py --device cuda --dtype bfloat16 --batches 4096
 
 ``ours`` never forms the weight; ``scattered`` is the other way that a layer may take; ``dense`` is
@@ -9,8 +9,8 @@
 alone. ``forward``: without gradients. ``step``: forward, both gradients and SGD. Medians of calls
 in turns, and half the distance between their quartiles -> results/block_sparse.csv.
 
-``fit``: the constants of ``triton_kernels/costs.py`` from these rows, and what ``auto`` would cost.
-``page``: the table and the plot of docs/products.md.
+``auto``: which way it would take in these rows, by what ``python -m triton_kernels.calibrate`` last
+measured here, and at what cost. ``page``: the table and the plot of docs/products.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import record
 import torch
 from pages import replaced
@@ -87,7 +86,7 @@ BATCHES = {"square": (256,), "wrn": (32,), "alexnet": (128,), "vit": (197 * 4,)}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    groups = (*BATCHES, "fit", "page")
+    groups = (*BATCHES, "auto", "page")
     parser.add_argument("--only", nargs="+", choices=groups, default=groups)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -102,8 +101,8 @@ def main() -> None:
         for batch in options.batches or BATCHES[case.group]:
             for row in measure(case, batch, options.blocks, options.densities, how):
                 record.append(NAME, [row])
-    if "fit" in options.only:
-        fit(_rows(options.device, options.dtype))
+    if "auto" in options.only:
+        auto(_rows(options.device, options.dtype))
     if "page" in options.only:
         page(_rows(options.device, options.dtype))
 
@@ -213,32 +212,16 @@ def _rows(device: str, dtype: str) -> list[dict[str, str]]:
 def _cost(row: dict[str, str]) -> costs.Layer:
     block = int(row["block"])
     sizes = (int(row[key]) for key in ("n_out", "n_in", "taps"))
+    itemsize = getattr(torch, row["dtype"]).itemsize
     layer = costs.Layer(
-        *sizes, (block, block), 0, int(row["rows"]), int(row["padded"]), 4, row["device"]
+        *sizes, (block, block), 0, int(row["rows"]), int(row["padded"]), itemsize, row["device"]
     )
     return layer._replace(alive=round(float(row["density"]) * layer.size))
 
 
-def fit(rows: list[dict[str, str]]) -> None:
-    """Prints the constants, and how far ``auto`` by those in costs.py lies from dense."""
+def auto(rows: list[dict[str, str]]) -> None:
+    """Prints how far ``auto``, and each of the two ways that it has, lies from dense."""
     steps = [row for row in rows if row["what"] == "step"]
-
-    def constants(chosen: list[dict[str, str]], parts: Callable[[costs.Layer], list[float]]) -> Any:
-        """Least squares of the relative error, none below zero."""
-        from scipy.optimize import nnls
-
-        ns = np.array([1e6 * float(row["ms"]) for row in chosen])
-        matrix = np.array([parts(_cost(row)) for row in chosen]) / ns[:, None]
-        return nnls(matrix, np.ones(len(chosen)))[0]
-
-    dense = [row for row in steps if row["way"] == "scattered"]
-    for name, conv in (("linear", False), ("conv", True)):
-        chosen = [row for row in dense if (int(row["taps"]) > 1) == conv]
-        if chosen:
-            print("dense", name, constants(chosen, costs.dense_parts))
-    for block in sorted({int(row["block"]) for row in steps}):
-        chosen = [row for row in steps if row["way"] == "ours" and int(row["block"]) == block]
-        print("block", block, constants(chosen, costs.sparse_parts))
     by_case: dict[tuple[str, ...], dict[str, float]] = {}
     for row in steps:
         key = tuple(row[k] for k in ("layer", "batch", "block", "density"))

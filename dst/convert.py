@@ -193,7 +193,10 @@ def density_ramp(
 def densify(model: nn.Module) -> nn.Module:
     """Replace every sparse layer of ``model``, in place, by ``nn.Linear``, :class:`MAMLinear` or
     ``nn.Conv2d`` with zeros where nothing is alive, and every :class:`SparseAttention` by
-    ``nn.MultiheadAttention``. Returns the model; see :func:`sparsify`."""
+    ``nn.MultiheadAttention``. Returns the model; see :func:`sparsify`.
+
+    Raises InputError for a MAM layer in which absent weights do not compete.
+    """
     layers: dict[nn.Module, nn.Module] = {
         layer: _dense_twin(layer) for layer in sparse_layers(model).values()
     }
@@ -441,6 +444,11 @@ def _dense_twin(layer: SparseLayer) -> nn.Module:
     twin.weight.requires_grad_(layer.values.requires_grad)
     twin.bias = layer.bias
     if isinstance(layer, SparseMAMLinear):
+        if layer.absent != "zero":
+            raise InputError(
+                f"a MAM layer with absent={layer.absent!r} has no dense twin, in which the zeros "
+                "would compete: set its absent to 'zero' first"
+            )
         twin = cast(MAMLinear, to_mam(twin, beta=layer.beta))
     carry_over(layer, twin)
     return twin

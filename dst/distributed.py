@@ -33,6 +33,24 @@ def ignore_topology(model: nn.Module) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
+def same_buffers(model: nn.Module) -> None:
+    """Give every worker the first one's, such as the statistics of batch normalisation."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def same_keys(keys: Tensor) -> Tensor:
+    """What the first worker chose, on every worker."""
+    if world_size() == 1:
+        return keys
+    count = torch.tensor(keys.numel(), device=keys.device)
+    dist.broadcast(count, 0)
+    chosen = keys.contiguous() if rank() == 0 else keys.new_empty(int(count))
+    dist.broadcast(chosen, 0)
+    return chosen
+
+
 class ReducedPairs(Pairs):
     """The vectors of a layer over the batches of all workers, as if they had been one.
 

@@ -125,23 +125,18 @@ def image_cost(
     return ImageCost(forward, backward)
 
 
-class TrainingCost(NamedTuple):
-    """FLOPs of a training run, and of the same run of the dense network."""
-
-    flops: int
-    dense_flops: int
-
-
-def training_cost(
-    flops: int, replaced_flops: int, dense_macs: int, search_flops: int
-) -> TrainingCost:
+def training_flops(flops: int, replaced_flops: int, search_flops: int) -> int:
     """What all images cost (Evci et al. 2020, appendix H: 3 forward passes' worth each), less a
     forward pass' worth for those of steps that an update replaced, and what the searches did.
 
     flops: of all images, as :func:`image_cost` counts them. replaced_flops: of the forward pass of
-    those of replaced steps. dense_macs: multiply-accumulates of the dense network's forward pass,
-    summed over all images. With an exact search at every Delta T steps this is RigL's (3 f_S Delta
+    those of replaced steps. With an exact search at every Delta T steps this is RigL's (3 f_S Delta
     T + 2 f_S + f_D) / (Delta T + 1); with a dense gradient at every step, of which the alive
     weights' own is a part, SNFS' 2 f_S + f_D.
     """
-    return TrainingCost(flops - replaced_flops + search_flops, 6 * dense_macs)
+    return flops - replaced_flops + search_flops
+
+
+def dense_training_flops(macs: int) -> int:
+    """Of the dense network. macs: multiply-accumulates of its forward pass, over all images."""
+    return 6 * macs

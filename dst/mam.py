@@ -32,6 +32,7 @@ class _Vanishing(nn.Module):
     # Which of the two products take part. Not read off the number itself, so that a GPU is not
     # waited for, and a compiled forward is compiled at most three times.
     _parts: str
+    _beta: float
 
     def _start(self, beta: float, device: Any) -> None:
         self.register_buffer("mix", torch.ones((), dtype=torch.float64, device=device))
@@ -39,14 +40,21 @@ class _Vanishing(nn.Module):
 
     @property
     def beta(self) -> float:
-        return float(self.mix)
+        return self._beta
 
     @beta.setter
     def beta(self, beta: float) -> None:
         if not 0 <= beta <= 1:
             raise InputError(f"beta {beta} must lie in [0, 1]: 1 is an ordinary layer, 0 pure MAM")
+        self._beta = float(beta)
         self.mix.fill_(beta)
         self._parts = {0.0: "mam", 1.0: "mac"}.get(beta, "both")
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        """Other dtypes are for weights: the share stays exact."""
+        super()._apply(*args, **options)
+        self.mix = torch.full((), self._beta, dtype=torch.float64, device=self.mix.device)
+        return self
 
     def _mixed(self, mac: Tensor, own: Tensor) -> Tensor:
         return self.mix * mac + (1 - self.mix) * own
@@ -54,7 +62,7 @@ class _Vanishing(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.mix.is_meta:
-            self.beta = self.beta
+            self.beta = float(self.mix)
 
 
 class MAMLinear(_Vanishing, nn.Linear):
@@ -123,8 +131,7 @@ class SparseMAMLinear(_Vanishing, SparseLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if absent not in ABSENT:
-            raise InputError(f"absent {absent!r} is unknown: choose {', '.join(ABSENT)}")
+        _check_absent(absent)
         super().__init__(
             in_features,
             out_features,
@@ -148,6 +155,11 @@ class SparseMAMLinear(_Vanishing, SparseLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, beta={self.beta:g}, absent={self.absent}"
+
+
+def _check_absent(absent: str) -> None:
+    if absent not in ABSENT:
+        raise InputError(f"absent {absent!r} is unknown: choose {', '.join(ABSENT)}")
 
 
 def _with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -176,33 +188,37 @@ def to_mam(
     absent: str = "zero",
 ) -> nn.Module:
     """Put max and min into linear layers of ``model``, in place, dense or sparse; weights, biases
-    and topologies stay the same objects, so that an optimizer goes on with them.
+    and topologies stay the same objects, so that an optimizer goes on with them. Layers that are
+    MAM already stay as they are.
 
     layers: names, patterns such as ``classifier.*``, and the words ``first`` and ``last``; by
-    default the layers of ``hidden_layers``. beta: what they start with. absent: see
-    :class:`SparseMAMLinear`. Returns the model (a new module only where the model itself is such a
-    layer).
+    default the layers of ``hidden_layers``. beta: what they start with. absent: of sparse layers,
+    see :class:`SparseMAMLinear`. Returns the model (a new module only where the model itself is
+    such a layer).
 
-    Raises InputError for a pattern that matches no linear layer, and for sparse layers whose blocks
-    are not single weights.
+    Raises InputError for a pattern that matches no linear layer, for sparse layers whose blocks are
+    not single weights, and for a weight that is computed from other parameters.
     """
+    _check_absent(absent)
     able = _linear_layers(model)
     if not able:
         raise InputError(f"{type(model).__name__} has no linear layer that max and min could enter")
     chosen = hidden_layers(model) if layers is None else layers
     names = matching(list(able), (chosen,) if isinstance(chosen, str) else chosen, "MAM layer")
-    return swap(model, {able[n]: mam_twin(n, able[n], beta, absent) for n in able if n in names})
+    plain = {n: layer for n, layer in able.items() if not isinstance(layer, MAMLayer)}
+    return swap(model, {plain[n]: mam_twin(n, plain[n], beta, absent) for n in plain if n in names})
 
 
 def to_mac(model: nn.Module) -> nn.Module:
-    """Put the sum back into every MAM layer of ``model``, in place: the way back of
-    :func:`to_mam`."""
+    """Put the sum back into every MAM layer of ``model``, in place: the way back of :func:`to_mam`,
+    which then starts anew with ``beta``, ``absent``, ``packed`` and ``deterministic``."""
     return swap(model, {layer: _mac_twin(layer) for layer in mam_layers(model).values()})
 
 
 def hidden_layers(model: nn.Module) -> list[str]:
-    """The linear layers that MAM is made for: those of the perceptrons (``mlp``) of a transformer,
-    else all but the last, which is the classifier."""
+    """The linear layers that MAM is made for, whether they are MAM already or not: those of the
+    perceptrons (``mlp``) of a transformer, else all but the last, which is the classifier; that one
+    where there is no other."""
     names = list(_linear_layers(model))
     inner = [name for name in names if "mlp" in name.split(".")]
     return inner or names[:-1] or names
@@ -213,12 +229,18 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear | SparseLinear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear or (type(module) is SparseLinear and module.row_groups == 1)
+        if type(module) in (nn.Linear, MAMLinear, SparseMAMLinear)
+        or (type(module) is SparseLinear and module.row_groups == 1)
     }
 
 
 def mam_twin(name: str, layer: nn.Linear | SparseLinear, beta: float, absent: str) -> nn.Module:
     sizes, bias = (layer.in_features, layer.out_features), layer.bias is not None
+    if not isinstance(layer, SparseLinear) and "weight" not in layer._parameters:
+        raise InputError(
+            f"layer {name!r} computes its weight from other parameters (weight_norm, "
+            "spectral_norm, prune): remove that, or leave it out of layers"
+        )
     twin: MAMLayer
     if isinstance(layer, SparseLinear):
         if layer.topology.grid.block != (1, 1):

@@ -95,6 +95,7 @@ def write(folder: Path) -> Path:
     updates = [line for line in lines if line["kind"] == "update"]
     audits = [line for line in lines if line["kind"] == "audit"]
     phases = [line for line in lines if line["kind"] == "phase"]
+    curves = [line for line in lines if line["kind"] == "curve"]
     finals = [line for line in lines if line["kind"] == "final"]
     if not finals:
         raise ValueError(f"the run in {folder} is not finished")
@@ -115,17 +116,22 @@ def write(folder: Path) -> Path:
         )
     if any("beta" in line for line in epochs):
         plots["ordinary sum left"] = _plot(folder, "beta.png", 1, lambda a: _beta(a, epochs))
+    if curves:
+        plots["accuracy after pruning"] = _plot(folder, "curve.png", 2, lambda a: _curve(a, curves))
     if audits:
         plots["growth audit"] = _plot(folder, "audit.png", 1, lambda a: _audit(a, audits))
     plots["where the time went"] = _plot(folder, "time.png", 1, lambda a: _time(a, epochs))
     report = folder / "report.md"
-    report.write_text(_markdown(config, summary, phases, updates, audits, plots))
+    report.write_text(
+        _markdown(config, summary, epochs[-1]["epoch"], phases, updates, audits, plots)
+    )
     return report
 
 
 def _markdown(
     config: Config,
     summary: Summary,
+    epochs: int,
     phases: Lines,
     updates: Lines,
     audits: Lines,
@@ -134,7 +140,7 @@ def _markdown(
     parts = [
         f"# {config.run.name}\n",
         f"{config.method} · {config.model} · {config.data.data} · density {summary.density:.4f} · "
-        f"{config.training.epochs} epochs · seed {config.run.seed}\n",
+        f"{epochs} epochs · seed {config.run.seed}\n",
         "The accuracy is that of the last epoch, measured on the test split; nothing was chosen on "
         "it.\n",
         "| | |\n|---|---|",
@@ -266,11 +272,30 @@ def _ramp(axes: list[Axes], updates: Lines) -> None:
 def _beta(axes: list[Axes], epochs: Lines) -> None:
     axis = axes[0]
     own = [line for line in epochs if "beta" in line]
-    axis.plot([line["epoch"] for line in own], [line["beta"] for line in own], marker=".")
+    # What an epoch ends with; the first one begins with the sum alone.
+    at, betas = [line["epoch"] for line in own], [line["beta"] for line in own]
+    axis.plot([0, *at], [1, *betas], marker=".")
     axis.set_xlabel("epoch")
     axis.set_ylabel("share of the ordinary sum (beta)")
     axis.set_ylim(-0.02, 1.02)
     axis.grid(alpha=0.3)
+
+
+def _curve(axes: list[Axes], curves: Lines) -> None:
+    scores = list(dict.fromkeys(line["score"] for line in curves))
+    for axis, scope in zip(axes, ("local", "global"), strict=True):
+        for score in scores:
+            own = sorted(
+                (line["keep"], line["test"]["accuracy"])
+                for line in curves
+                if (line["score"], line["scope"]) == (score, scope)
+            )
+            axis.plot(*zip(*own, strict=True), marker=".", label=score)
+        axis.set_xscale("log")
+        axis.set_xlabel(f"share of the weights kept, {scope}")
+        axis.set_ylabel("test accuracy, nothing trained after")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
 
 
 def _explored(axes: list[Axes], updates: Lines) -> None:

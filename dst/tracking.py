@@ -12,14 +12,17 @@ from typing import Any, cast
 from growth import InputError, MissingLibraryError
 
 METRICS = "metrics.jsonl"
+# What a line is of, where that is more than its kind.
+_NAMES = ("phase", "score", "scope", "keep")
 
 
 class Tracker:
     """Appends one JSON object a line to ``metrics.jsonl``; mirrors numbers to W&B.
 
     Every line has a ``kind``: ``update`` (a topology update), ``audit`` (of its searches),
-    ``epoch`` or ``final``; what depends on the clock, or is measured of memory, stands under
-    ``time``, so that the rest of two equal runs is equal.
+    ``epoch``, ``phase`` (of a recipe), ``curve`` (accuracy after pruning) or ``final``; what depends
+    on the clock, or is measured of memory, stands under ``time``, so that the rest of two equal runs
+    is equal.
     """
 
     def __init__(self, folder: Path, wandb_run: Any | None = None) -> None:
@@ -52,7 +55,10 @@ class Tracker:
         if self._file.write(data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self._wandb is not None:
-            flat = {f"{kind}/{name}": value for name, value in _flatten(values).items()}
+            # Several of a kind at one step are told apart by what they are of.
+            parts = [kind, *(str(values[name]) for name in _NAMES if name in values)]
+            prefix = "/".join(parts)
+            flat = {f"{prefix}/{name}": value for name, value in _flatten(values).items()}
             if kind == "final":
                 self._wandb.summary.update(flat)
             else:

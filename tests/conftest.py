@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# Or how layers compute would follow what somebody measured on this machine.
+os.environ["SPARSEGROW_CACHE"] = os.path.join(ROOT, "tests", "no-cache")
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,10 @@ import train
 from dst import checkpoint, tracking
 from dst.config import Config
 from dst.errors import StoppedError
+from dst.pruning import SCOPES, SCORES
 from dst.recipes.fit import Fit
-from dst.recipes.mam import Plan, plan
+from dst.recipes.mam import CURVE, Plan, _pruning_images, plan
+from dst.recipes.setup import load_data
 from dst.report import Summary
 from dst.training import run
 from growth import InputError
@@ -65,6 +67,37 @@ def test_phases_of_a_run(tmp_path: Path) -> None:
     tensors, _ = checkpoint.load(tmp_path / "a" / "checkpoint.safetensors")
     alive = sum(tensors[f"model/{n}.topology.cols"].numel() for n in (1, 4))
     assert alive == kept
+
+
+def test_a_curve_and_no_fine_tuning(tmp_path: Path) -> None:
+    """Every score, both scopes; the checkpoint is the pruned network's all the same."""
+    flags = ["--prune-curve", "--finetune-epochs=0", "--prune-images=30", "--after-prune=mam"]
+    summary = go(tmp_path, "--name=a", "--epochs=2", "--vanish-epochs=1", *flags)
+    lines = [line for line in tracking.read(tmp_path / "a") if line["kind"] == "curve"]
+    found = {(line["score"], line["scope"], line["keep"]): line["test"] for line in lines}
+    # Not where fewer than a weight a layer would be left.
+    shares = 1 + sum(keep * WEIGHTS >= 2 for keep in CURVE)
+    assert len(found) == len(lines) == len(SCORES) * len(SCOPES) * shares
+    trained = phases(tmp_path / "a")["trained"]["test"]
+    assert all(test == trained for (_, _, keep), test in found.items() if keep == 1)
+    # The weights that pruning kept are those of this score's curve.
+    assert list(phases(tmp_path / "a")) == ["trained", "pruned"]
+    assert found["gradient", "global", 0.1] == phases(tmp_path / "a")["pruned"]["test"]
+    assert summary.test_accuracy == found["gradient", "global", 0.1]["accuracy"]
+    tensors, state = checkpoint.load(tmp_path / "a" / "checkpoint.safetensors")
+    assert tensors["model/1.values"].shape[1:] == (1, 1) and state["kept"] == {"phase": "finetune"}
+    assert "(curve.png)" in (tmp_path / "a" / "report.md").read_text()
+    run(train.parse([f"--resume={tmp_path / 'a'}"]))
+    assert list(phases(tmp_path / "a")) == ["trained", "pruned"]
+
+
+def test_pruning_images_are_drawn(tmp_path: Path) -> None:
+    """In some data sets the classes stand one after another."""
+    config = train.parse([*SMALL, "--prune-images=40", "--prune-on=train"])
+    data = load_data(config)
+    images = _pruning_images(config, data)
+    assert len(images) == 40 and len(images.labels.unique()) > 6
+    assert torch.equal(_pruning_images(config, data).labels, images.labels)
 
 
 def test_max_and_min_may_stay(tmp_path: Path) -> None:
@@ -161,6 +194,10 @@ def test_plan_of_epochs(flags: tuple[str, ...], expected: Plan) -> None:
         (["--val-size=0"], "no validation images to prune by"),
         (["--growth=exact"], "method mam grows by nothing"),
         (["--weights=nowhere.pt"], "cannot read the weights nowhere.pt"),
+        (["--mam-layers=,"], "layers is empty: name some of 1, 4"),
+        (["--keep=0.0003"], "keep 0.0003 is 1 weights of 2 layers"),
+        (["--warmup=40"], "fine-tuning: a warm-up of 40 steps must end inside 40 steps"),
+        (["--neuron=mac", "--mam-layers=conv*"], "matches none of"),
     ],
 )
 def test_refusals(tmp_path: Path, flags: list[str], words: str) -> None:

@@ -366,7 +366,8 @@ def test_bad_numbers_are_refused(change: dict[str, object], said: str) -> None:
 def test_describe_lists_every_model_in_one_line() -> None:
     assert describe() == (
         "wrn-DEPTH-WIDTH, alexnet, alexnet-small, alexnet-narrow, resnet18, resnet50, "
-        "resnet18-small, resnet50-small, vit-b-16, vit-small, vit-narrow, mlp-group, mlp-ticket, mlp-W1-W2-..., timm:NAME"
+        "resnet18-small, resnet50-small, vit-b-16, vit-small, vit-narrow, mlp-group, mlp-ticket, "
+        "mlp-W1-W2-..., timm:NAME"
     )
     assert all(model.form.startswith(key) for key, model in MODELS.items())
     assert all(check_name(key) == key for key in MODELS)

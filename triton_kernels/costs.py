@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+from triton_kernels import constants
 
 # A dense weight above this is never scattered: the memory is the point of being sparse.
 LARGEST_SCATTER_BYTES = 1 << 30
 
 COMPUTE = ("auto", "dense", "sparse")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Layer(NamedTuple):
@@ -35,25 +43,20 @@ class Layer(NamedTuple):
         return -(-self.n_out // self.block[0]) * across
 
 
-# One training step (forward and both gradients) on the CPU, in nanoseconds of the machine that
-# benchmarks/block_sparse.py measured; only ratios matter. What each counts: see the ``_parts``.
-NS_DENSE, NS_DENSE_CONV = (0.0046, 8.8, 40.0), (0.0073, 20.0, 40.0)
-# By the smaller side of a block; 1: single weights. That of 2 was not measured.
-NS_SPARSE = {
-    1: (0.026, 15.0, 9.0),
-    2: (0.6, 300.0, 7.0),
-    4: (0.17, 300.0, 7.0),
-    8: (0.064, 300.0, 5.5),
-    16: (0.0145, 300.0, 5.5),
-    32: (0.0105, 120.0, 4.8),
-    64: (0.0077, 300.0, 5.3),
-    128: (0.0071, 300.0, 5.6),
-}
-# Rows that the products of blocks take at a time (``blocks_cpu``, ``conv_cpu``).
-ROWS_AT_ONCE = 512
-# On a GPU, by the smaller side of a block: half of the density at which the rooflines of an H200 in
-# half precision meet, because nothing was measured on one yet.
-CUDA_BREAK_EVEN = {1: 0.005, 16: 0.055, 32: 0.1, 64: 0.17, 128: 0.25}
+class Work(NamedTuple):
+    """What a training step (forward and both gradients) does on the CPU. form: who does it, one of
+    ``constants``; side: the smaller one of its blocks. parts: what is counted, in the order of its
+    nanoseconds each."""
+
+    form: str
+    side: int
+    parts: tuple[float, ...]
+
+
+# What is larger leaves the caches between one product and the next.
+CACHED_BYTES = 16 << 20
+# What an item of so many bytes is taken for.
+_DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
 
 def choose(layer: Layer) -> str:
@@ -61,9 +64,8 @@ def choose(layer: Layer) -> str:
     if layer.n_out * layer.n_in * layer.itemsize > LARGEST_SCATTER_BYTES:
         return "sparse"
     if layer.device != "cpu":
-        # Where there is no kernel: as little as that of single weights.
-        side = max(s for s in CUDA_BREAK_EVEN if s <= min(layer.block))
-        return "sparse" if layer.alive <= CUDA_BREAK_EVEN[side] * layer.size else "dense"
+        most = _gpu_break_even(min(layer.block)) * layer.size
+        return "sparse" if layer.alive <= most else "dense"
     return "sparse" if sparse_step_ns(layer) < dense_step_ns(layer) else "dense"
 
 
@@ -81,42 +83,102 @@ def break_even(layer: Layer) -> float:
 
 def dense_step_ns(layer: Layer) -> float:
     """Time of a training step through a scattered weight on the CPU."""
-    return _sum(dense_parts(layer), NS_DENSE if layer.taps == 1 else NS_DENSE_CONV)
-
-
-def dense_parts(layer: Layer) -> tuple[float, ...]:
-    """FLOPs of the dense products; entries of the weight, written and read; single weights, which
-    are scattered and gathered one by one."""
-    entries = layer.n_out * layer.n_in
-    singles = layer.alive if layer.block == (1, 1) else 0
-    return 6.0 * layer.rows * entries, float(entries), float(singles)
+    return _step_ns(layer, [dense_work(layer)])
 
 
 def sparse_step_ns(layer: Layer) -> float:
-    """Time of a training step that never forms the weight, on the CPU."""
-    if layer.block == (1, 1) and layer.taps > 1:
-        return float("inf")  # there is no such product
-    # Blocks of one row or column are no single weights.
-    least = 1 if layer.block == (1, 1) else max(2, min(layer.block))
-    side = max(size for size in NS_SPARSE if size <= least)
-    return _sum(sparse_parts(layer), NS_SPARSE[side])
+    """Time of a training step that never forms the weight, on the CPU; infinite where there is no
+    such product."""
+    works = sparse_work(layer)
+    return _step_ns(layer, works) if works else float("inf")
 
 
-def sparse_parts(layer: Layer) -> tuple[float, ...]:
-    """FLOPs of the alive blocks; blocks, once for every piece of the batch; entries of the
-    activations, which are copied to where blocks find them, and back."""
+def dense_work(layer: Layer) -> Work:
+    """FLOPs of the dense products; entries of the weight, written and read, and those beyond what
+    a cache holds; single weights, which are scattered and gathered one by one; the step itself."""
+    entries = layer.n_out * layer.n_in
+    beyond = max(0, entries - CACHED_BYTES // layer.itemsize)
+    singles = layer.alive if layer.block == (1, 1) else 0
+    parts = 6.0 * layer.rows * entries, float(entries), float(beyond), float(singles), 1.0
+    return Work(_dense_form(entries, layer.taps, layer.itemsize), 1, parts)
+
+
+def sparse_work(layer: Layer) -> list[Work]:
+    """FLOPs of the alive blocks; their number; entries of the activations; the step itself. Then
+    what half precision adds, which is computed in single: entries that are converted. Nothing
+    where the weight is scattered in any case."""
     bh, bw = layer.block
-    pieces = -(-layer.padded // ROWS_AT_ONCE)
-    copied = layer.padded * (layer.n_in // layer.taps + layer.n_out)
-    return (
-        6.0 * layer.alive * bh * bw * layer.padded,
-        float(layer.alive * pieces),
-        float(copied),
-    )
+    form = _sparse_form(layer.taps, bh, bw, layer.itemsize)
+    if not form:
+        return []
+    # Of the input and of the output.
+    activations = layer.padded * (layer.n_in // layer.taps + layer.n_out)
+    weights = layer.alive * bh * bw
+    parts = 6.0 * weights * layer.padded, float(layer.alive), float(activations), 1.0
+    works = [Work(form, min(bh, bw), parts)]
+    if layer.itemsize == 2:
+        works.append(Work(f"{form} half", 1, (3.0 * (weights + activations),)))
+    return works
+
+
+def ns_of(works: list[Work], known: Mapping[str, constants.Sides]) -> float:
+    """Time of all of them, by what is known of each form."""
+    return sum(_sum(parts, _nearest(known[form], side)) for form, side, parts in works)
+
+
+def _step_ns(layer: Layer, works: list[Work]) -> float:
+    ns = sum(_sum(parts, _each(form, side)) for form, side, parts in works)
+    # Double precision fills half as many numbers into a vector, and twice the memory.
+    return 2 * ns if layer.itemsize == 8 else ns
 
 
 def _sum(parts: tuple[float, ...], each: tuple[float, ...]) -> float:
     return sum(count * ns for count, ns in zip(parts, each, strict=True))
+
+
+def _nearest(sides: constants.Sides, side: int) -> tuple[float, ...]:
+    """Of the largest that is not above this one."""
+    return sides[max((s for s in sides if s <= side), default=min(sides))]
+
+
+def _constant(function: Callable[P, T]) -> Callable[P, T]:
+    """For what depends on the machine and not on the batch: ``torch.compile`` does not look inside.
+    ``torch.compiler.assume_constant_result`` does the same, but first imports the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
+def _dense_form(entries: int, taps: int, itemsize: int) -> str:
+    from triton_kernels import scattered_cpu
+
+    values = torch.empty(0, dtype=_DTYPES[itemsize])
+    form = "scattered_cpu" if scattered_cpu.available(values, entries) else "scattered"
+    form += " linear" if taps == 1 else " conv"
+    # Whether a machine multiplies half precision as it is makes all the difference.
+    return form + " half" if itemsize == 2 else form
+
+
+@_constant
+def _sparse_form(taps: int, bh: int, bw: int, itemsize: int) -> str:
+    """Its name, or nothing."""
+    from triton_kernels.forms import conv_form, linear_form
+
+    x = torch.empty(0, dtype=_DTYPES[itemsize])
+    form = linear_form(x, (bh, bw)) if taps == 1 else conv_form(x, (bh, bw))
+    return form.name if form else ""
+
+
+@_constant
+def _each(form: str, side: int) -> tuple[float, ...]:
+    return _nearest(constants.on_cpu().ns[form], side)
+
+
+@_constant
+def _gpu_break_even(side: int) -> float:
+    """Where there is no kernel: as little as that of single weights."""
+    known = constants.on_gpu().break_even
+    return known[max(s for s in known if s <= side)]
 
 
 # The searches of growth, in nanoseconds on one core, from benchmarks/growth.py. They choose between

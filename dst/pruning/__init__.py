@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Collection, Sequence
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from dst.pruning.budget import budget
 from dst.pruning.gradient import Gradient
@@ -32,7 +32,7 @@ SCORES: dict[str, type[Score]] = {
 
 SCOPES = ("global", "local")
 
-__all__ = ["SCOPES", "SCORES", "Score", "measure", "prune", "pruned_layers"]
+__all__ = ["SCOPES", "SCORES", "Score", "check", "measure", "prune", "pruned_layers"]
 
 
 def prune(
@@ -102,14 +102,35 @@ def measure(
 
 
 def pruned_layers(
-    scores: Sequence[Score], *, keep: float | int, scope: str = "global", absent: str = "zero"
+    scores: Sequence[Score],
+    *,
+    keep: float | int,
+    scope: str = "global",
+    absent: str = "zero",
+    compute: str = "auto",
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[nn.Module, nn.Module]:
     """The other half: what takes the place of each layer that was measured; it can be done again
-    with another ``keep``, as long as the weights stay the same."""
+    with another ``keep``, as long as the weights stay the same.
+
+    compute: of the sparse layers. agree: given the keys that a layer keeps, returns those that all
+    workers of a run keep.
+    """
     _known("scope", scope, SCOPES)
     counts = budget([score.weights for score in scores], keep, scope)
-    kept = kept_keys(scores, counts)
-    return {own.layer: pruned(own, keys, absent) for own, keys in kept}
+    replaced: dict[nn.Module, nn.Module] = {}
+    for own, keys in kept_keys(scores, counts):
+        chosen = keys if agree is None else agree(keys)
+        replaced[own.layer] = pruned(own, chosen, absent, compute)
+    return replaced
+
+
+def check(
+    model: nn.Module, *, layers: Sequence[str] | None, score: str, keep: float | int, scope: str
+) -> None:
+    """Raise InputError where :func:`prune` would, as far as can be told without measuring."""
+    weights = chosen_weights(model, layers, SCORES[_known("score", score, SCORES)])
+    budget(weights, keep, _known("scope", scope, SCOPES))
 
 
 def _known(what: str, name: str, choices: Collection[str]) -> str:

@@ -28,6 +28,8 @@ def chosen_weights(
     able = {name: module for name, module in model.named_modules() if type(module) in _KINDS}
     if layers is None:
         layers = list(mam_layers(model)) or hidden_layers(model)
+    if isinstance(layers, Sequence) and not layers and (linear := hidden_layers(model)):
+        raise InputError(f"layers is empty: name some of {', '.join(linear)}, or give None")
     if not able or not layers:
         what = "convolutions, which must be named" if able else "no layer with weights"
         raise InputError(

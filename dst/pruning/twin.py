@@ -14,15 +14,17 @@ from dst.pruning.weights import Weights
 from dst.topology import Topology
 
 
-def pruned(weights: Weights, keys: Tensor, absent: str) -> SparseLayer:
+def pruned(
+    weights: Weights, keys: Tensor, absent: str = "zero", compute: str = "auto"
+) -> SparseLayer:
     """A layer with these weights alone, and the bias, beta and hooks of the old one, which stays
     what it was. keys: sorted int64, of weights that there are. absent: of a layer that becomes a
-    :class:`SparseMAMLinear`."""
+    :class:`SparseMAMLinear`. compute: of one that becomes sparse."""
     layer = weights.layer
     if isinstance(layer, SparseLayer):
         return _fewer(layer, keys)
     assert isinstance(layer, nn.Linear | nn.Conv2d)
-    twin = sparse_twin(layer, keys, (1, 1), 1, "auto", "keep")
+    twin = sparse_twin(layer, keys, (1, 1), 1, compute, "keep")
     if not isinstance(layer, MAMLinear):
         return twin
     return cast(SparseLayer, mam_twin(weights.name, cast(SparseLinear, twin), layer.beta, absent))

@@ -33,6 +33,8 @@ def walk(model: nn.Module, scores: Mapping[str, Score], batches: Batches, loss: 
     with _resting(model), seen.watching():
         samples = 0
         for inputs, labels in batches:
+            if not len(inputs):
+                continue
             seen.start(len(inputs))
             outputs = model(inputs.to(device))
             if seen.anchor is not None:

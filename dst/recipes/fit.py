@@ -21,7 +21,7 @@ from dst.convert import density_table, model_density
 from dst.data import Dataset, Split, eval_batches, train_loader
 from dst.distributed import ignore_topology, rank, world_size
 from dst.errors import StoppedError
-from dst.flops import image_cost, layer_costs, training_cost
+from dst.flops import dense_training_flops, image_cost, layer_costs, training_flops
 from dst.layers import Choice
 from dst.mam import set_beta
 from dst.methods import DropGrow
@@ -135,7 +135,7 @@ class Fit:
         self._vanish()
         # The end is always kept, whatever the interval.
         if self.saved_step != self.step:
-            self._save()
+            self.save()
 
     def _train_epoch(self, epoch: int, rate: LearningRate, bar: ProgressBar) -> None:
         config, clock = self.session.config, self.session.clock
@@ -162,7 +162,7 @@ class Fit:
             self._save_if_due()
             with clock("data"):
                 images, labels = next(loader)
-                images = self._to_device(images)
+                images = self.session.to_device(images)
                 labels = labels.to(self.session.device, non_blocking=True)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * rate.at(self.step - self.start)
@@ -200,7 +200,7 @@ class Fit:
         eager = self.updater.recording or self.step < self.settled
         forward = self.network if eager else self.compiled
         with clock("forward and backward"):
-            with self._autocast():
+            with self.session.autocast():
                 logits = forward(images)
                 loss = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
             self.optimizer.zero_grad()
@@ -307,7 +307,7 @@ class Fit:
             **found,
             weights=sum(row.alive for row in density_table(self.model)),
             inference_flops=self.image_cost.forward,
-            training_flops=self.flops,
+            training_flops=self._training_flops(),
         )
         self.session.console.print(f"{name}: test {found['test']['accuracy']:.2%}", highlight=False)
 
@@ -326,30 +326,21 @@ class Fit:
         # Large images fill the memory where a batch of small ones does not.
         batch = EVAL_BATCH if self.data.image_size <= 64 else min(EVAL_BATCH, data.batch)
         for images, labels in eval_batches(split, self.data, batch, workers=data.workers):
-            images, labels = self._to_device(images), labels.to(self.session.device)
-            with self._autocast():
+            images, labels = self.session.to_device(images), labels.to(self.session.device)
+            with self.session.autocast():
                 logits = self.model(images)
             loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
             correct += int((logits.argmax(1) == labels).sum())
         self.model.train()
         return {"loss": loss / len(split), "accuracy": correct / len(split)}
 
-    def _to_device(self, images: Tensor) -> Tensor:
-        last = self.session.config.training.channels_last
-        order = torch.channels_last if last else torch.preserve_format
-        return images.to(self.session.device, non_blocking=True, memory_format=order)
-
-    def _autocast(self) -> torch.autocast:
-        amp = self.session.config.training.amp
-        dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-        return torch.autocast(self.session.device.type, dtype, enabled=amp != "off")
-
     def _save_if_due(self) -> None:
         # Vectors recorded for an update to come are not kept in a file: wait until it is done.
         if self.checkpoint_due and not self.updater.holds_records:
-            self._save()
+            self.save()
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write the checkpoint; nothing that comes before it is done again."""
         self.checkpoint_due, self.saved_step = False, self.step
         if self.sums[2] > 0:
             self._look()
@@ -423,18 +414,17 @@ class Fit:
         layers = self.updater.layers.items()
         return {name: layer.chosen for name, layer in layers if layer.chosen is not None}
 
+    def _training_flops(self) -> int:
+        searched = self.search_flops + self.updater.observed_flops
+        return training_flops(self.flops, self.replaced_flops, searched)
+
     def finish(self) -> Summary:
         """Test once, write the report, show the figures."""
         session, batch = self.session, self.session.config.data.batch
         with session.clock("evaluation"):
             test = self.evaluate(self.data.test)
         dense_macs = sum(cost.dense for cost in self.costs.values())
-        cost = training_cost(
-            self.flops,
-            self.replaced_flops,
-            batch * self.step * dense_macs,
-            self.search_flops + self.updater.observed_flops,
-        )
+        dense_flops = dense_training_flops(batch * self.step * dense_macs)
         seconds = session.clock.seconds
         summary = Summary(
             test_accuracy=test["accuracy"],
@@ -444,9 +434,12 @@ class Fit:
             dense_weights=sum(row.total for row in density_table(self.model)),
             inference_flops=self.image_cost.forward,
             dense_inference_flops=2 * dense_macs,
-            training_flops=cost.flops,
-            dense_training_flops=cost.dense_flops,
-            explored_share=self.updater.explored_share() if self.updater.layers else 1.0,
+            training_flops=self._training_flops(),
+            dense_training_flops=dense_flops,
+            # What was dense in an earlier phase was alive then.
+            explored_share=(
+                self.updater.explored_share() if self.updater.layers and not self.start else 1.0
+            ),
             growth_seconds=sum(v for k, v in seconds.items() if k.startswith("growth")),
             wall_seconds=sum(seconds.values()),
         )

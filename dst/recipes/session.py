@@ -46,6 +46,22 @@ class Session:
             self.clock.add("start-up", time.perf_counter() - self.started)
             self.starting = False
 
+    @property
+    def resumes(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return self.checkpoint is not None and os.path.exists(self.checkpoint)
+
+    def to_device(self, images: Tensor) -> Tensor:
+        """A batch, in the memory order that the run wants."""
+        last = self.config.training.channels_last
+        order = torch.channels_last if last else torch.preserve_format
+        return images.to(self.device, non_blocking=True, memory_format=order)
+
+    def autocast(self) -> torch.autocast:
+        amp = self.config.training.amp
+        dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=amp != "off")
+
     def open_tracker(self, wandb_id: str | None = None) -> None:
         """Call once the recipe knows that nothing is wrong with its input."""
         if self.folder is None:
@@ -86,7 +102,7 @@ class Session:
 
         A run that was stopped before its first checkpoint starts over.
         """
-        if self.checkpoint is None or not os.path.exists(self.checkpoint):
+        if self.checkpoint is None or not self.resumes:
             self.open_tracker()
             if self.tracker is not None:
                 self.tracker.rewind(0)

@@ -26,8 +26,11 @@ def load_data(config: Config) -> Dataset:
     )
 
 
-def new_model(config: Config, data: Dataset, device: torch.device) -> nn.Module:
-    """The dense network. Built on the CPU, so that its weights are the same for every device."""
+def new_model(
+    config: Config, data: Dataset, device: torch.device, *, weights: bool = True
+) -> nn.Module:
+    """The dense network. Built on the CPU, so that its weights are the same for every device.
+    weights: whether to start from the config's file, if it names one; a checkpoint has its own."""
     model = build(
         config.model,
         in_channels=data.in_channels,
@@ -35,7 +38,7 @@ def new_model(config: Config, data: Dataset, device: torch.device) -> nn.Module:
         classes=data.classes,
         dropout=config.dropout,
     )
-    if config.weights is not None:
+    if weights and config.weights is not None:
         load_weights(model, config.weights)
     return model.to(device)
 

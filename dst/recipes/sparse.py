@@ -35,7 +35,8 @@ def sparse(session: Session) -> Summary:
     rate = learning_rate(config, total)
     method = build_method(config, steps)
     torch.manual_seed(config.run.seed)
-    model = _model(config, data, device, ramps=isinstance(method, DropGrow))
+    ramps = isinstance(method, DropGrow)
+    model = _model(config, data, device, ramps=ramps, weights=not session.resumes)
     method = _with_ramp(config, method, model, total)
     if config.training.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -126,10 +127,12 @@ def _with_ramp(config: Config, method: Method, model: nn.Module, total: int) -> 
     return dataclasses.replace(method, ramp=ramp)
 
 
-def _model(config: Config, data: Dataset, device: torch.device, ramps: bool) -> nn.Module:
+def _model(
+    config: Config, data: Dataset, device: torch.device, *, ramps: bool, weights: bool
+) -> nn.Module:
     """Made sparse on the device, for which the products' way of computing is chosen. ramps: whether
     the method can lead one density to another."""
-    model = new_model(config, data, device)
+    model = new_model(config, data, device, weights=weights)
     if not METHODS[config.method].sparse:
         return model
     sparsity = config.sparsity
