@@ -20,9 +20,9 @@ class Tracker:
     """Appends one JSON object a line to ``metrics.jsonl``; mirrors numbers to W&B.
 
     Every line has a ``kind``: ``update`` (a topology update), ``audit`` (of its searches),
-    ``epoch``, ``phase`` (of a recipe), ``curve`` (accuracy after pruning) or ``final``; what depends
-    on the clock, or is measured of memory, stands under ``time``, so that the rest of two equal runs
-    is equal.
+    ``epoch``, ``phase`` (of a recipe), ``curve`` (accuracy after pruning) or ``final``; what
+    depends on the clock, or is measured of memory, stands under ``time``, so that the rest of two
+    equal runs is equal.
     """
 
     def __init__(self, folder: Path, wandb_run: Any | None = None) -> None:

@@ -29,8 +29,17 @@ from dst import (
     sparse_layers,
     sparsify,
 )
-from dst.distributed import ReducedPairs, check_agreement, everywhere, rank, world_size
+from dst.distributed import (
+    ReducedPairs,
+    check_agreement,
+    everywhere,
+    rank,
+    same_buffers,
+    same_keys,
+    world_size,
+)
 from dst.drop import magnitude
+from dst.pruning import measure, pruned_layers
 from dst.topology import Change, Search
 from growth import ConvPairs, Exact, JoinedPairs, LinearPairs, Pairs, Random, Subblock
 
@@ -237,6 +246,23 @@ def _agreement() -> list[str]:
     ]
 
 
+def _pruned() -> State:
+    """By scores that differ from worker to worker, after statistics that do."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 20), nn.BatchNorm1d(20), nn.Linear(20, 12))
+    torch.manual_seed(rank())
+    model(torch.randn(16, 9))
+    same_buffers(model)
+    with torch.no_grad():
+        model[0].weight += 0.1 * torch.randn(20, 9)
+    own = measure(model, score="magnitude", layers=["0", "2"])
+    replaced = pruned_layers(own, keep=0.3)
+    alone = torch.cat([layer.topology.keys() for layer in replaced.values()])
+    agreed = pruned_layers(own, keep=0.3, agree=same_keys)
+    keys = [layer.topology.keys() for layer in agreed.values()]
+    return {"alone": alone, "agreed": keys, "mean": model[1].running_mean}
+
+
 def _worker(folder: Path) -> None:
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     torch.set_num_threads(1)
@@ -248,6 +274,7 @@ def _worker(folder: Path) -> None:
     results["reduced"] = _reduced()
     results["agreement"] = _agreement()
     results["audited"] = _audited()
+    results["pruned"] = _pruned()
     device = torch.device("cpu")
     results["everywhere"] = [
         everywhere(condition, device) for condition in (True, rank() == 0, False)
@@ -277,6 +304,8 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> list[State]:
 def _identical(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_identical(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(_identical, a, b))
     return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
@@ -371,6 +400,14 @@ def test_strategies_search_the_vectors_of_all_workers(
     expected = scores.topk(6).indices.sort().values
     for worker in workers:
         assert torch.equal(worker["reduced"][f"{strategy} {metric}"], expected)
+
+
+def test_workers_prune_alike(workers: list[State]) -> None:
+    first, second = (worker["pruned"] for worker in workers)
+    assert torch.equal(first["mean"], second["mean"])
+    assert not torch.equal(first["alone"], second["alone"])
+    assert _identical(first["agreed"], second["agreed"])
+    assert torch.equal(first["alone"][: len(first["agreed"][0])], first["agreed"][0])
 
 
 def test_an_audit_is_of_the_vectors_of_all_workers(workers: list[State]) -> None:
