@@ -124,10 +124,14 @@ class SparseLayer(nn.Module):
     def cost(self, rows: int, padded: int) -> costs.Layer:
         """What a training step of so many rows has to compute."""
         grid, values = self.topology.grid, self.values
-        taps = grid.taps
+        taps, device = grid.taps, values.device.type
+        itemsize = values.element_size()
+        if torch.is_autocast_enabled(device) and values.dtype != torch.float64:
+            itemsize = torch.get_autocast_dtype(device).itemsize
+        pointwise = taps == 1 and self.records_as == "conv2d"
         return costs.Layer(
             *(grid.n_out, taps * grid.channels, taps, grid.block, self.topology.alive),
-            *(rows, padded, values.element_size(), values.device.type),
+            *(rows, padded, itemsize, device, pointwise),
         )
 
     def _way(self, input: Tensor) -> str:

@@ -507,3 +507,14 @@ def test_times_grow_with_what_is_computed():
     assert times[2] == pytest.approx(costs.tiles_ns(4096, 4096, 128), rel=0.1)
     ranks = [costs.lowrank_ns(4096, 4096, 128, rank, 1 << 18, 20_000) for rank in (16, 32, 64)]
     assert ranks[0] < ranks[1] < ranks[2]
+
+
+def test_a_layer_tells_of_autocast_and_of_one_tap() -> None:
+    linear = SparseLinear(64, 64, density=0.5, block=(16, 16))
+    conv = SparseConv2d(64, 64, 1, density=0.5, block=(16, 16))
+    assert linear.cost(8, 8).itemsize == 4 and not linear.cost(8, 8).is_convolution
+    assert conv.cost(8, 8).is_convolution and conv.cost(8, 8).taps == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear.cost(8, 8).itemsize == 2
+        assert linear.double().cost(8, 8).itemsize == 8
+    assert costs.dense_work(conv.cost(8, 8)).form != costs.dense_work(linear.cost(8, 8)).form

@@ -23,7 +23,8 @@ class Layer(NamedTuple):
 
     n_out, n_in: of the weight, n_in being taps * channels. alive: blocks. rows: of the product,
     batch x positions. padded: the same with the positions that the sparse product of a convolution
-    computes and drops. itemsize: bytes of a weight. device: its type.
+    computes and drops. itemsize: bytes of a weight in the product. device: its type. pointwise: a
+    convolution of one tap.
     """
 
     n_out: int
@@ -35,6 +36,11 @@ class Layer(NamedTuple):
     padded: int
     itemsize: int
     device: str
+    pointwise: bool = False
+
+    @property
+    def is_convolution(self) -> bool:
+        return self.taps > 1 or self.pointwise
 
     @property
     def size(self) -> int:
@@ -100,7 +106,7 @@ def dense_work(layer: Layer) -> Work:
     beyond = max(0, entries - CACHED_BYTES // layer.itemsize)
     singles = layer.alive if layer.block == (1, 1) else 0
     parts = 6.0 * layer.rows * entries, float(entries), float(beyond), float(singles), 1.0
-    return Work(_dense_form(entries, layer.taps, layer.itemsize), 1, parts)
+    return Work(_dense_form(entries, layer.is_convolution, layer.itemsize), 1, parts)
 
 
 def sparse_work(layer: Layer) -> list[Work]:
@@ -108,7 +114,7 @@ def sparse_work(layer: Layer) -> list[Work]:
     what half precision adds, which is computed in single: entries that are converted. Nothing
     where the weight is scattered in any case."""
     bh, bw = layer.block
-    form = _sparse_form(layer.taps, bh, bw, layer.itemsize)
+    form = _sparse_form(layer.is_convolution, bh, bw, layer.itemsize)
     if not form:
         return []
     # Of the input and of the output.
@@ -149,23 +155,23 @@ def _constant(function: Callable[P, T]) -> Callable[P, T]:
 
 
 @_constant
-def _dense_form(entries: int, taps: int, itemsize: int) -> str:
+def _dense_form(entries: int, convolution: bool, itemsize: int) -> str:
     from triton_kernels import scattered_cpu
 
     values = torch.empty(0, dtype=_DTYPES[itemsize])
     form = "scattered_cpu" if scattered_cpu.available(values, entries) else "scattered"
-    form += " linear" if taps == 1 else " conv"
+    form += " conv" if convolution else " linear"
     # Whether a machine multiplies half precision as it is makes all the difference.
     return form + " half" if itemsize == 2 else form
 
 
 @_constant
-def _sparse_form(taps: int, bh: int, bw: int, itemsize: int) -> str:
+def _sparse_form(convolution: bool, bh: int, bw: int, itemsize: int) -> str:
     """Its name, or nothing."""
     from triton_kernels.forms import conv_form, linear_form
 
     x = torch.empty(0, dtype=_DTYPES[itemsize])
-    form = linear_form(x, (bh, bw)) if taps == 1 else conv_form(x, (bh, bw))
+    form = conv_form(x, (bh, bw)) if convolution else linear_form(x, (bh, bw))
     return form.name if form else ""
 
 

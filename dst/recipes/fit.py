@@ -170,8 +170,9 @@ class Fit:
             self._train_step(images, labels)
             if config.run.verbose and not self.told:
                 self.told = True
-                for line in how_computed(self.updater.layers):
-                    self.session.console.print(line, highlight=False, soft_wrap=True)
+                with self.session.autocast():
+                    for line in how_computed(self.updater.layers):
+                        self.session.console.print(line, highlight=False, soft_wrap=True)
             self.step += 1
             self.checkpoint_due |= self.step % self.checkpoint_interval == 0
             bar.advance(config.data.batch)
