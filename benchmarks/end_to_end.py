@@ -79,13 +79,18 @@ def step_of(name: str, way: str, batch: int) -> Callable[[], float]:
 def peak(name: str, way: str, batch: int) -> float:
     """MB."""
 
-    # What the libraries load by their first calls is no one's activations.
-    small = (
-        nn.Linear(64, 64) if way == "dense" else SparseLinear(64, 64, density=0.5, block=(32, 32))
-    )
-    optimizer = torch.optim.SGD(small.parameters(), 0.01, momentum=0.9)
-    small(torch.randn(8, 64)).square().mean().backward()
-    optimizer.step()
+    # What the libraries load and compile by their first calls is no one's activations.
+    compute = {"sparse": "sparse", "scattered": "dense", "dense": "dense"}[way]
+    for side in (16, 32):
+        small = (
+            nn.Linear(512, 512)
+            if way == "dense"
+            else SparseLinear(512, 512, density=0.5, block=(side, side), compute=compute)
+        )
+        optimizer = torch.optim.SGD(small.parameters(), 0.01, momentum=0.9)
+        x = torch.randn(64, 512, requires_grad=True)
+        small(x).square().mean().backward()
+        optimizer.step()
     with PeakMemory(torch.device("cpu")) as used:
         step = step_of(name, way, batch)
         for _ in range(3):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from triton_kernels import scattered_cpu
 from triton_kernels.forms import linear_form
@@ -26,7 +29,8 @@ def sparse_linear(
         raise ValueError(f"x has {x.shape[-1]} features, but the weight has {layout.n_in} inputs")
     x, values, bias = cast_for_autocast(x, values, bias)
     flat = x.reshape(-1, layout.n_in)
-    y = _linear(flat, values, bias, *layout[:6], layout.n_out, compute == "sparse")
+    product = _Eager.apply if _plain(flat, values) else _linear
+    y = product(flat, values, bias, *layout[:6], layout.n_out, compute == "sparse")
     return y.view(*x.shape[:-1], layout.n_out)
 
 
@@ -46,8 +50,7 @@ def cast_for_autocast(
     return cast(x), cast(values), None if bias is None else cast(bias)
 
 
-@torch.library.custom_op("sparsegrow::linear", mutates_args=())
-def _linear(
+def _forward(
     x: Tensor,
     values: Tensor,
     bias: Tensor | None,
@@ -74,6 +77,9 @@ def _linear(
     return y if bias is None else y.add_(bias)
 
 
+_linear = torch.library.custom_op("sparsegrow::linear", _forward, mutates_args=())
+
+
 @_linear.register_fake
 def _(
     x: Tensor,
@@ -91,8 +97,7 @@ def _(
     return x.new_empty(x.shape[0], n_out)
 
 
-@torch.library.custom_op("sparsegrow::linear_backward", mutates_args=())
-def _linear_backward(
+def _gradients(
     dy: Tensor,
     x: Tensor,
     values: Tensor,
@@ -130,6 +135,11 @@ def _linear_backward(
     return dx.contiguous(), dvalues
 
 
+_linear_backward = torch.library.custom_op(
+    "sparsegrow::linear_backward", _gradients, mutates_args=()
+)
+
+
 @_linear_backward.register_fake
 def _(
     dy: Tensor,
@@ -158,12 +168,16 @@ def _setup(
     ctx.save_for_backward(x, values, *layout)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx,
+    dy: Tensor,
+    gradients: Callable[..., tuple[Tensor, Tensor]] = _linear_backward,
+) -> tuple[Tensor | None, ...]:
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
     dbias = dy.sum(0) if need_bias else None
     if not need_x and not need_values:
         return (None, None, dbias, *[None] * 8)
-    dx, dvalues = _linear_backward(
+    dx, dvalues = gradients(
         dy.contiguous(),
         *ctx.saved_tensors,  # type: ignore[attr-defined]
         ctx.sparse,  # type: ignore[attr-defined]
@@ -174,3 +188,27 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Ten
 
 
 _linear.register_autograd(_backward, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without the custom op's way through the dispatcher, which takes up to a millisecond
+    a step, as long as the product of a very sparse layer."""
+
+    # With a ``setup_context`` every call would first look at this function's signature.
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, *inputs: Any) -> Tensor:
+        y = _forward(*inputs)
+        _setup(ctx, inputs, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, dy, _gradients)
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether these are tensors that simply hold numbers, and nobody traces."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(type(t) in (Tensor, Parameter) and not t.is_meta for t in tensors)
