@@ -5,6 +5,7 @@ python benchmarks/sweep.py sweeps/mam-small-*.yaml && python benchmarks/mam_page
 
 from __future__ import annotations
 
+import csv
 import json
 import statistics
 from collections import defaultdict
@@ -41,6 +42,7 @@ def main() -> None:
         "mam:curves": curves(),
         "mam:mac": put_back(),
         "mam:early": early(),
+        "mam:speed": speed(),
     }.items():
         text = pages.replaced(text, name, section)
     PAGE.write_text(text)
@@ -217,6 +219,42 @@ def early() -> str:
     if whole:
         rows.append(f"Before pruning: {100 * statistics.mean(whole):.1f} % of all training FLOPs.")
     return "\n".join(rows)
+
+
+def speed() -> str:
+    """From benchmarks/mam.py: the last row of each size, batch and direction."""
+    with (ROOT / "benchmarks" / "results" / "mam.csv").open() as file:
+        rows = {
+            (int(r["n"]), int(r["batch"]), r["what"], r["way"]): r for r in csv.DictReader(file)
+        }
+    lines = [
+        "| inputs, outputs | batch | | MAM | linear | naive MAM | MAM's memory | the naive's |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (n, batch, what, way), own in rows.items():
+        others = [rows.get((n, batch, what, other)) for other in ("linear", "naive")]
+        if way != "mam" or batch not in (128, 512) or None in others:
+            continue
+        linear, naive = others
+        lines.append(
+            f"| {n} | {batch} | {what} | {_ms(own)} | {_ms(linear)} | {_ms(naive)} "
+            f"| {_mb(own)} | {_mb(naive)} |"
+        )
+    last = list(rows.values())[-1]
+    lines.append(
+        f"\n{last['hardware']}, {last['threads']} threads, PyTorch {last['torch']}, "
+        f"{last['date']}. Medians of calls in turns. Memory: the peak beside the results "
+        "themselves. A naive form that would need more than there is was not run."
+    )
+    return "\n".join(lines)
+
+
+def _ms(row: dict[str, str]) -> str:
+    return f"{float(row['ms']):.3g} ms" if row["ms"] else "–"
+
+
+def _mb(row: dict[str, str]) -> str:
+    return f"{float(row['work MB']):.3g} MB" if row["work MB"] else "–"
 
 
 def percent(values: list[float]) -> str:

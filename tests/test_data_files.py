@@ -20,6 +20,7 @@ import train
 from dst import checkpoint
 from dst.data import DATASETS, Batch, DataOptions, Dataset, eval_batches, load, train_loader
 from dst.errors import StoppedError
+from dst.models import build
 from dst.recipes.session import CHECKPOINT
 from dst.training import run
 from growth.errors import InputError
@@ -554,3 +555,31 @@ def test_a_damaged_image_ends_the_program_with_one_line(
     said = capsys.readouterr().err
     assert said.startswith("train.py: the image ") and said.count("\n") == 1
     assert "2.JPEG cannot be read" in said
+
+
+# --- The MAM recipe on both ----------------------------------------------------------------------
+
+
+def test_mam_on_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thesis' preset, from AlexNet's weights, less its length."""
+    (tmp_path / "data").mkdir()
+    TinyCifar("cifar10", tmp_path / "data", monkeypatch)
+    network = build("alexnet-narrow", in_channels=3, image_size=32, classes=10)
+    torch.save(network.state_dict(), tmp_path / "alexnet.pt")
+    flags = ["--preset=mam-alexnet", "--model=alexnet-narrow", f"--weights={tmp_path}/alexnet.pt"]
+    flags += ["--data=cifar10", f"--data-dir={tmp_path}/data", "--val-size=60", "--batch=64"]
+    flags += ["--epochs=2", "--vanish-epochs=1", "--finetune-epochs=1", f"--out={tmp_path}"]
+    summary = run(train.parse([*flags, "--name=run"]))
+    hidden = 64 * 36 * 512 + 512 * 512
+    convolutions = sum(p.numel() for n, p in network.named_parameters() if p.dim() == 4)
+    assert summary.weights == round(0.002 * hidden) + convolutions + 512 * 10
+
+
+def test_mam_on_imagenet(tmp_path: Path) -> None:
+    _folder(tmp_path / "imagenet", each=10)
+    flags = ["--preset=mam-vit", "--model=vit-narrow", "--data=imagenet", f"--data-dir={tmp_path}"]
+    flags += ["--image-size=32", "--val-size=4", "--batch=8", "--mam-layers=*.mlp.0"]
+    flags += ["--epochs=1", "--vanish-epochs=0.5", f"--out={tmp_path}", "--name=run"]
+    summary = run(train.parse(flags))
+    pruned = 4 * 64 * 256
+    assert summary.dense_weights - summary.weights == pruned - round(0.0007 * pruned)
