@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from triton_kernels import threads
-from triton_kernels.waves import Index, blocks_of
+from triton_kernels.waves import Index, blocks_of, memory
 
 # What the products of each are computed in.
 _WIDE = {
@@ -86,12 +86,12 @@ def weight_gradient(
     whole = capacity == cols.numel() and len(x) > 0
     grad = (torch.empty if whole else torch.zeros)(capacity, bh, bw, dtype=_WIDE[x.dtype])
     tile = gradient_tile(bw, grad.itemsize)
-    cuts = _cuts(np.full(cols.numel(), len(x) * bh * bw))
+    cuts = _shares(cols.numel(), cols.numel() * len(x) * bh * bw)
     rooms = _rooms(grad, cuts, GRADIENT_ROWS * (bh + 16 * tile[1]))
     shape = (len(x), x.shape[1], dy.shape[1], bh, bw)
     tensors = (_numbers(x), _numbers(dy), *blocks, _numbers(grad))
     _run(gradient(*tile), (*tensors, rooms, cuts, shape), cuts)
-    return grad.to(x.dtype)
+    return _cast(grad, x.dtype)
 
 
 def _product(
@@ -103,36 +103,60 @@ def _product(
     transposed: bool,
 ) -> Tensor:
     """(batch, k) times the blocks -> (batch, n)."""
-    from triton_kernels.blocks_numba import ROWS, product
+    from triton_kernels.blocks_numba import product
     from triton_kernels.registers import product_tile
 
     depth, width = values.shape[:0:-1] if transposed else values.shape[1:]
-    blocks, offsets = blocks_of(*order), order[0].long().numpy()
-    counts = np.diff(offsets)
+    work = memory.get(
+        order,
+        (len(x), depth, width, torch.get_num_threads()),
+        lambda: _Work.of(order, len(x), depth, width),
+    )
     out = x.new_empty(len(x), n, dtype=_WIDE[x.dtype])
-    start = out.new_zeros(len(counts) * width)
+    start = out.new_zeros((len(work.offsets) - 1) * width)
     if bias is not None:
         start[:n] = bias
     tile = product_tile(width, out.itemsize)
-    rows = np.diff(np.arange(0, len(x), ROWS), append=len(x))
-    # What is written where no block is costs about one row of a block.
-    cuts = _cuts(np.outer(rows, (counts * depth + 1) * width).ravel())
-    turned = int(counts.max(initial=0)) * depth * width if transposed else 0
-    rooms = _rooms(out, cuts, 16 * tile[0] * tile[1] + turned)
+    turned = work.longest * depth * width if transposed else 0
+    rooms = _rooms(out, work.cuts, 16 * tile[0] * tile[1] + turned)
     shape = (len(x), x.shape[1], n, depth, width)
-    tensors = (_numbers(x), _numbers(values), transposed, offsets, blocks.minor, blocks.slots)
-    ends = (_numbers(start), _numbers(out), rooms, cuts, shape)
-    _run(product(*tile), (*tensors, *ends), cuts)
-    return out.to(x.dtype)
+    index = (work.offsets, work.minor, work.slots)
+    tensors = (_numbers(x), _numbers(values), transposed, *index, _numbers(start), _numbers(out))
+    _run(product(*tile), (*tensors, rooms, work.cuts, shape), work.cuts)
+    return _cast(out, x.dtype)
 
 
-def _cuts(costs: NDArray[Any]) -> Index:
-    """Where the shares of PyTorch's threads begin and end among pieces of work."""
-    ends = costs.cumsum()
-    total = int(ends[-1]) if ends.size else 0
-    count = torch.get_num_threads() if total >= _SHARED else 1
-    inner = np.searchsorted(ends, np.arange(1, count) * total // count, "right")
-    return np.array([0, *inner, ends.size], np.int64)
+class _Work(NamedTuple):
+    """An order of the blocks as ``product`` takes it, the most blocks of a row (or column), and the
+    shares of the threads."""
+
+    offsets: Index
+    minor: Index
+    slots: Index
+    longest: int
+    cuts: Index
+
+    @classmethod
+    def of(
+        cls, order: tuple[Tensor, Tensor, Tensor], batch: int, depth: int, width: int
+    ) -> _Work:
+        from triton_kernels.blocks_numba import ROWS
+
+        blocks, offsets = blocks_of(*order), order[0].long().numpy()
+        counts = np.diff(offsets)
+        rows = np.diff(np.arange(0, batch, ROWS), append=batch)
+        # What is written where no block is costs about one row of a block.
+        ends = np.outer(rows, (counts * depth + 1) * width).cumsum()
+        total = int(ends[-1]) if ends.size else 0
+        inner = np.searchsorted(ends, _shares(total, total)[1:-1], "right")
+        cuts = np.array([0, *inner, ends.size], np.int64)
+        return cls(offsets, blocks.minor, blocks.slots, int(counts.max(initial=0)), cuts)
+
+
+def _shares(count: int, work: int) -> Index:
+    """Where the shares of PyTorch's threads begin and end in [0, count)."""
+    parts = torch.get_num_threads() if work >= _SHARED else 1
+    return np.arange(parts + 1) * count // parts
 
 
 def _rooms(like: Tensor, cuts: Index, numbers: int) -> NDArray[Any]:
@@ -146,5 +170,9 @@ def _run(kernel: Callable[..., None], arguments: tuple[Any, ...], cuts: Index) -
 
 def _numbers(tensor: Tensor) -> NDArray[Any]:
     """All of them, flat, in what they are computed in."""
-    wide: NDArray[Any] = tensor.detach().to(_WIDE[tensor.dtype]).contiguous().view(-1).numpy()
-    return wide
+    return _cast(tensor.detach(), _WIDE[tensor.dtype]).reshape(-1).numpy()  # type: ignore[no-any-return]
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes its time even where it does nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

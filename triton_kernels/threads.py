@@ -8,15 +8,35 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
+# A process that was forked cannot use the threads of its parent's OpenMP.
+_forked = False
+
 
 def run(
     kernel: Callable[..., None], arguments: Sequence[Any], parts: Sequence[tuple[int, int]]
 ) -> None:
-    """``kernel(*arguments, first, last)`` for every part: the first one here, each of the others on
-    a thread of its own. Raises what a part raises."""
-    others = [_pool().submit(kernel, *arguments, *part) for part in parts[1:]]
-    if parts:
+    """``kernel(*arguments, first, last)`` for every part, on as many threads: PyTorch's own where
+    they can be had. kernel: a function that numba compiled. Raises if a part does."""
+    if len(parts) == 1:
         kernel(*arguments, *parts[0])
+    elif parts:
+        (_run_in_pool if _forked else _many())(kernel, arguments, parts)
+
+
+@cache
+def _many() -> Callable[..., None]:
+    # Not at the top: numba takes a second to import.
+    from triton_kernels import openmp_numba
+
+    return openmp_numba.run if openmp_numba.available() else _run_in_pool
+
+
+def _run_in_pool(
+    kernel: Callable[..., None], arguments: Sequence[Any], parts: Sequence[tuple[int, int]]
+) -> None:
+    """The first part here, each of the others on a thread of its own."""
+    others = [_pool().submit(kernel, *arguments, *part) for part in parts[1:]]
+    kernel(*arguments, *parts[0])
     for other in others:
         other.result()
 
@@ -26,6 +46,11 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), "sparsegrow")
 
 
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+    _pool.cache_clear()
+
+
 if hasattr(os, "register_at_fork"):
-    # Threads do not survive a fork.
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_after_fork)

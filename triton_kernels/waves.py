@@ -114,7 +114,8 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-_memory = Memory()
+# Of the layouts that are in use.
+memory = Memory()
 
 
 def blocks_of(offsets: Tensor, index: Tensor, slots: Tensor) -> Blocks:
@@ -124,11 +125,11 @@ def blocks_of(offsets: Tensor, index: Tensor, slots: Tensor) -> Blocks:
         major = expand(offsets, index.numel())
         return Blocks(*(t.long().numpy() for t in (major, index, slots)))
 
-    return _memory.get((offsets, index, slots), "blocks", make)
+    return memory.get((offsets, index, slots), "blocks", make)
 
 
 def waves_of(
     tensors: tuple[Tensor, Tensor, Tensor], key: Hashable, make: Callable[[], tuple[Index, int]]
 ) -> Waves:
     """``waves(*make())``, worked out once for these tensors of a layout and this key."""
-    return _memory.get(tensors, key, lambda: waves(*make()))
+    return memory.get(tensors, key, lambda: waves(*make()))

@@ -1,0 +1,136 @@
+"""Compiled kernels on the threads that PyTorch's own operations run on.
+
+Threads of our own would share the processor with those of PyTorch's OpenMP, which spin for a while
+after every operation; and waking them through Python takes longer than a small product.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from triton_kernels.vectors import INDEX
+
+# What threads share: the next part, whether one has failed, and how many parts there are.
+_NEXT, _FAILED, _COUNT = range(3)
+
+
+def run(
+    kernel: Callable[..., None], arguments: Sequence[Any], parts: Sequence[tuple[int, int]]
+) -> None:
+    """``kernel(*arguments, first, last)`` for every part, each on the thread that comes for it
+    first. kernel: a function that numba compiled, which must not need the interpreter. Returns when
+    all are done. Raises RuntimeError if one failed, which then says nothing more."""
+    state = np.array([0, 0, len(parts)])
+    _team(kernel)(tuple(arguments), np.array(parts, np.int64).reshape(-1), state, _fork())
+    if state[_FAILED]:
+        raise RuntimeError(f"{kernel.__name__} failed on a thread, probably for lack of memory")
+
+
+def available() -> bool:
+    return _fork() != 0
+
+
+@cache
+def _fork() -> int:
+    """Address of the function of PyTorch's OpenMP that runs another on many threads; 0 where there
+    is none of this name."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    try:
+        # A symbol is looked up in the library and what it was linked with.
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+
+
+@cache
+def _team(kernel: Any) -> Callable[..., None]:
+    """team(arguments, parts, state, fork), compiled."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def spread(typing: Any, arguments: Any, parts: Any, state: Any, fork: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            taken = (*arguments.types, types.int64, types.int64)
+            kernel.compile(taken)
+            compiled = kernel.overloads[taken]
+            # Not as code, which would be optimised a second time.
+            entry = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+            parts_, state_ = (
+                context.make_array(kind)(context, builder, value).data
+                for kind, value in ((parts, args[1]), (state, args[2]))
+            )
+            given = cgutils.pack_struct(builder, [args[0], parts_, state_])
+            room = cgutils.alloca_once_value(builder, given)
+            share = _share(context, builder.module, room.type, taken, entry)
+            kind = ir.FunctionType(
+                ir.VoidType(), [share.type, cgutils.voidptr_t, ir.IntType(32), ir.IntType(32)]
+            )
+            count = builder.load(builder.gep(state_, [ir.Constant(INDEX, _COUNT)]))
+            # As many threads as there are parts; the last argument is of no use here.
+            builder.call(
+                builder.inttoptr(args[3], kind.as_pointer()),
+                [
+                    *(share, builder.bitcast(room, cgutils.voidptr_t)),
+                    *(builder.trunc(count, ir.IntType(32)), ir.IntType(32)(0)),
+                ],
+            )
+            return context.get_dummy_value()
+
+        return types.void(arguments, parts, state, fork), generate
+
+    @njit(nogil=True)
+    def team(arguments, parts, state, fork):  # type: ignore[no-untyped-def]
+        spread(arguments, parts, state, fork)
+
+    return team  # type: ignore[no-any-return]
+
+
+def _share(context: Any, module: Any, kind: Any, taken: tuple[Any, ...], entry: int) -> Any:
+    """The function that every thread runs: it takes parts as long as there are some.
+
+    kind: of the pointer to (arguments, parts, state) that it gets; taken: types of the arguments of
+    the kernel, which begins at the address ``entry``.
+    """
+    name = module.get_unique_name("share")
+    share = ir.Function(module, ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t]), name)
+    share.linkage = "internal"
+    builder = ir.IRBuilder(share.append_basic_block())
+    again, work, done = (share.append_basic_block() for _ in range(3))
+    given = builder.load(builder.bitcast(share.args[0], kind))
+    arguments, parts, state = (builder.extract_value(given, i) for i in range(3))
+    arguments = [builder.extract_value(arguments, i) for i in range(len(taken) - 2)]
+
+    def field(at: int) -> Any:
+        return builder.gep(state, [ir.Constant(INDEX, at)])
+
+    count = builder.load(field(_COUNT))
+    builder.branch(again)
+    builder.position_at_end(again)
+    own = builder.atomic_rmw("add", field(_NEXT), INDEX(1), "monotonic")
+    builder.cbranch(builder.icmp_signed("<", own, count), work, done)
+    builder.position_at_end(work)
+    first = builder.gep(parts, [builder.mul(own, INDEX(2))])
+    ends = [builder.load(builder.gep(first, [INDEX(i)])) for i in range(2)]
+    convention = context.call_conv
+    signature = convention.get_function_type(types.none, taken)
+    callee = builder.inttoptr(INDEX(entry), signature.as_pointer())
+    status, _ = convention.call_function(builder, callee, types.none, taken, arguments + ends)
+    with builder.if_then(status.is_error):
+        builder.store(INDEX(1), field(_FAILED))
+    builder.branch(again)
+    builder.position_at_end(done)
+    builder.ret_void()
+    return share
