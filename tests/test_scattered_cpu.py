@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 
 from dst import Change, SparseLinear
 from growth import Grid
-from triton_kernels import gather, scatter, scattered_cpu, sparse_conv2d, sparse_linear
+from triton_kernels import (
+    gather,
+    registers,
+    scatter,
+    scattered_cpu,
+    sparse_conv2d,
+    sparse_linear,
+    waves,
+)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None, reason="numba is not installed"
@@ -137,6 +146,59 @@ def test_no_dense_weight_or_gradient_is_made() -> None:
     assert watch.largest <= layer.values.numel()
 
 
+@pytest.mark.parametrize("alive", ["one", "some", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_columns_as_bits(alive: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as by their numbers, in order and not, in pieces and whole, with free slots."""
+    torch.manual_seed(0)
+    used = []
+    for n_out, n_in in ((1, 1), (7, 15), (40, 16), (33, 61), (64, 160)):
+        grid = Grid.of(n_out, n_in, 1, (1, 1))
+        case = Case(topology_of(grid, alive), dtype)
+        *offsets, slots = case.topology.layout[:3]
+        for index in ((*offsets, slots), (*offsets, slots.flip(0)), (*offsets, slots + 3)):
+            values = torch.randn(int(index[2].max()) + 2, 1, 1).to(dtype)
+            x, dy = torch.randn(5, n_in).to(dtype), torch.randn(5, n_out).to(dtype)
+            found = []
+            for share in (0, 2):
+                monkeypatch.setattr(scattered_cpu, "_CROWDED", share)
+                copies = tuple(t.clone() for t in index)  # of which nothing is remembered
+                y = scattered_cpu.forward(x, values, *copies, n_out)
+                dx, dvalues = scattered_cpu.backward(dy, x, values, *copies, True, True)
+                found.append((y, dx, dvalues))
+                bits = scattered_cpu._pieces(values, copies, n_out, n_in)[0].bits
+                used.append((share, dtype, bits is not None))
+                if bits is not None:
+                    assert bits.ordered == (index[2].tolist() == list(range(len(slots))))
+            for a, b in zip(*found, strict=True):
+                assert torch.equal(a, b)
+            expected = scatter(values, *index, n_out, 1, n_in)[:, 0]
+            torch.testing.assert_close(
+                found[0][0].double(), x.double() @ expected.double().T, rtol=0.02, atol=0.1
+            )
+    if registers.expands():
+        assert all(
+            by_bits == (share == 0 and kind == torch.float32) for share, kind, by_bits in used
+        )
+
+
+def test_what_is_remembered_of_a_layout_goes_with_it() -> None:
+    gc.collect()
+    before = len(waves.memory._known)
+    x = torch.randn(4, 64, requires_grad=True)
+    layers = [
+        SparseLinear(64, 48, density=0.5, block=(b, b), compute=compute)
+        for b in (1, 16)
+        for compute in ("dense", "sparse")
+    ]
+    for layer in layers:
+        layer(x).sum().backward()
+    assert len(waves.memory._known) > before
+    del layer, layers
+    gc.collect()
+    assert len(waves.memory._known) <= before
+
+
 def test_it_follows_values_and_topology() -> None:
     """Steps of an optimizer, and a change of what is alive, beside a dense twin."""
     torch.manual_seed(0)
@@ -170,13 +232,13 @@ def test_a_weight_waits_for_its_backward_and_no_longer(monkeypatch: pytest.Monke
     monkeypatch.setattr(scattered_cpu, "PIECE_BYTES", size)
     monkeypatch.setattr(scattered_cpu, "WAITING_BYTES", 2 * size)
     made: list[int] = []
-    plain = scattered_cpu.scatter
+    plain = scattered_cpu._scatter
 
-    def counted(*args: Tensor) -> None:
+    def counted(*args: Any) -> None:
         made.append(1)
         plain(*args)
 
-    monkeypatch.setattr(scattered_cpu, "scatter", counted)
+    monkeypatch.setattr(scattered_cpu, "_scatter", counted)
     layers = [SparseLinear(30, 20, density=0.4, compute="dense") for _ in range(3)]
     x = torch.randn(4, 30, requires_grad=True)
     outputs = [layer(x) for layer in layers]

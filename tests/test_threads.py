@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_every_part_is_done_once(way: Callable[..., None], count: int, dtype: ty
     ends = [10 * i // count * 13 for i in range(count + 1)]
     for _ in range(20):
         out = np.zeros(130, dtype)
-        way(add, [out, (2.0, (5, 4))], list(zip(ends[:-1], ends[1:], strict=True)))
+        way(add, [out, (2.0, (5, 4))], list(pairwise(ends)))
         np.testing.assert_array_equal(out, 2 * np.arange(130) + 1)
 
 

@@ -137,12 +137,10 @@ class _Work(NamedTuple):
     cuts: Index
 
     @classmethod
-    def of(
-        cls, order: tuple[Tensor, Tensor, Tensor], batch: int, depth: int, width: int
-    ) -> _Work:
+    def of(cls, order: tuple[Tensor, Tensor, Tensor], batch: int, depth: int, width: int) -> _Work:
         from triton_kernels.blocks_numba import ROWS
 
-        blocks, offsets = blocks_of(*order), order[0].long().numpy()
+        blocks, offsets = blocks_of(*order), order[0].numpy().astype(np.int64)
         counts = np.diff(offsets)
         rows = np.diff(np.arange(0, batch, ROWS), append=batch)
         # What is written where no block is costs about one row of a block.

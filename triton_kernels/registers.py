@@ -42,6 +42,11 @@ def fused() -> bool:
     return not x86 or bool(_features().get("fma"))
 
 
+def expands() -> bool:
+    """Whether it spreads the next numbers of a row over a vector by a mask, in one instruction."""
+    return bool(_features().get("avx512f"))
+
+
 @cache
 def _features() -> dict[str, bool]:
     try:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from triton_kernels import threads
+from triton_kernels.waves import memory
 
 # Larger pieces of memory come from the system anew each time (32 MB with glibc), a page at a time.
 PIECE_BYTES = 28 << 20
@@ -28,6 +29,8 @@ WAITING_BYTES = 64 << 20
 LEAST_ENTRIES = 1 << 16
 # Fewer entries than this are not worth a second thread.
 _SHARED = 1 << 18
+# Share of single weights from which bits say where they are rather than column numbers.
+_CROWDED = 1 / 32
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -60,7 +63,7 @@ def forward(
     scratch = values.new_empty(pieces[0].outputs, 1, x.shape[1])
     for piece in pieces:
         weight = scratch[: piece.outputs]
-        scatter(values, *piece.places, weight)
+        _scatter(values, piece, weight)
         out = y[:, piece.rows]
         if bias is None:
             torch.mm(x, weight[:, 0].T, out=out)
@@ -93,11 +96,11 @@ def backward(
         own, dense = dy[:, piece.rows], scratch[: piece.outputs]
         if need_x:
             if kept is None:
-                scatter(values, *piece.places, dense)
+                _scatter(values, piece, dense)
             torch.addmm(dx, own, dense[:, 0], beta=int(piece is not pieces[0]), out=dx)
         if need_values:
             torch.mm(own.T, x, out=dense[:, 0])
-            _gather(dvalues, *piece.places, dense)
+            _gather(dvalues, piece, dense)
     return dx, dvalues
 
 
@@ -105,11 +108,16 @@ def scatter(
     values: Tensor, row_offsets: Tensor, cols: Tensor, slots: Tensor, dense: Tensor
 ) -> None:
     """``layout.scatter`` into ``dense``: (n_out, taps, channels), in any memory order."""
+    _scatter(values, _Piece.whole((row_offsets, cols, slots), len(dense)), dense)
+
+
+def _scatter(values: Tensor, piece: _Piece, dense: Tensor) -> None:
     # Not at the top: numba takes a second to import.
+    from triton_kernels.expand_numba import expand
     from triton_kernels.scatter_numba import scatter_blocks, scatter_entries
 
     kernel = scatter_entries if values.shape[1:] == (1, 1) else scatter_blocks
-    _share(kernel, values.contiguous(), row_offsets, cols, slots, dense)
+    _share((kernel, expand), values.contiguous(), piece, dense)
 
 
 def gather(
@@ -117,17 +125,16 @@ def gather(
 ) -> Tensor:
     """``layout.gather`` of the gradient of these values from that of the dense weight."""
     gradient = _gradient(values, cols)
-    _gather(gradient, row_offsets, cols, slots, dense)
+    _gather(gradient, _Piece.whole((row_offsets, cols, slots), len(dense)), dense)
     return gradient
 
 
-def _gather(
-    gradient: Tensor, row_offsets: Tensor, cols: Tensor, slots: Tensor, dense: Tensor
-) -> None:
+def _gather(gradient: Tensor, piece: _Piece, dense: Tensor) -> None:
+    from triton_kernels.expand_numba import compress
     from triton_kernels.scatter_numba import gather_blocks, gather_entries
 
     kernel = gather_entries if gradient.shape[1:] == (1, 1) else gather_blocks
-    _share(kernel, gradient, row_offsets, cols, slots, dense)
+    _share((kernel, compress), gradient, piece, dense)
 
 
 def _gradient(values: Tensor, cols: Tensor) -> Tensor:
@@ -136,21 +143,57 @@ def _gradient(values: Tensor, cols: Tensor) -> Tensor:
     return make(values.shape)
 
 
+class _Bits(NamedTuple):
+    """Where single weights are alive, as ``expand_numba`` takes it; and whether they lie in the
+    order of the rows, as they do until a topology has changed."""
+
+    words: Tensor
+    ordered: bool
+
+    @classmethod
+    def of(cls, values: Tensor, index: Index, n_out: int, n_in: int) -> _Bits | None:
+        """None where that way is not for them."""
+        single = values.shape[1:] == (1, 1) and values.element_size() == 4
+        if not single or index[1].numel() < _CROWDED * n_out * n_in:
+            return None
+
+        from triton_kernels.expand_numba import mark
+        from triton_kernels.registers import expands
+        from triton_kernels.vectors import WIDTH
+
+        if not expands():
+            return None
+        words = torch.zeros(n_out, -(-n_in // WIDTH), dtype=torch.uint16)
+        row_offsets, cols, slots = index
+        mark(row_offsets.numpy(), cols.numpy(), words.numpy(), 0, n_out)
+        return cls(words, torch.equal(slots, torch.arange(slots.numel(), dtype=slots.dtype)))
+
+
 class _Piece(NamedTuple):
     """``outputs`` rows of a weight, and the row offsets, columns and slots of their blocks."""
 
     rows: slice
     outputs: int
     places: Index
+    bits: _Bits | None = None
+
+    @classmethod
+    def whole(cls, index: Index, n_out: int) -> _Piece:
+        return cls(slice(0, n_out), n_out, index)
 
 
 def _pieces(values: Tensor, index: Index, n_out: int, n_in: int) -> list[_Piece]:
     """Whole rows of blocks, the most in the first piece."""
+    bh, size = values.shape[1], values.element_size()
     row_offsets, cols, slots = index
-    bh, n_rows = values.shape[1], row_offsets.numel() - 1
+    bits = memory.get(
+        index, ("bits", n_out, n_in, size), lambda: _Bits.of(values, index, n_out, n_in)
+    )
     # Sums of half precision are not to be rounded after every piece.
-    whole = values.element_size() <= 2
-    count = 1 if whole else -(-n_out * n_in * values.element_size() // PIECE_BYTES)
+    count = 1 if size <= 2 else -(-n_out * n_in * size // PIECE_BYTES)
+    if count == 1:
+        return [_Piece(slice(0, n_out), n_out, index, bits)]
+    n_rows = row_offsets.numel() - 1
     height = -(-n_rows // count)
     cuts = [*range(0, n_rows, height), n_rows]
     ends = row_offsets[cuts].tolist()
@@ -159,6 +202,7 @@ def _pieces(values: Tensor, index: Index, n_out: int, n_in: int) -> list[_Piece]
             slice(a * bh, min(b * bh, n_out)),
             min(b * bh, n_out) - a * bh,
             (row_offsets[a : b + 1], cols[first:last], slots[first:last]),
+            None if bits is None else bits._replace(words=bits.words[a:b]),
         )
         for (a, b), (first, last) in zip(pairwise(cuts), pairwise(ends), strict=True)
     ]
@@ -210,17 +254,23 @@ def _versions(values: Tensor, index: Index) -> list[int]:
 
 
 def _share(
-    kernel: Callable[..., None],
+    kernels: tuple[Callable[..., None], Callable[..., None]],
     values: Tensor,
-    row_offsets: Tensor,
-    cols: Tensor,
-    slots: Tensor,
+    piece: _Piece,
     dense: Tensor,
 ) -> None:
-    """Run a kernel on as many threads as PyTorch has, each with as many rows of blocks."""
-    bits = _BITS[values.element_size()]
-    tensors = (values.detach().view(bits), row_offsets, cols, slots, dense.detach().view(bits))
-    n_rows = row_offsets.numel() - 1
+    """Run a kernel, the second one where there are bits, on as many threads as PyTorch has, each
+    with as many rows of blocks."""
+    plain, by_bits = kernels
+    kind = _BITS[values.element_size()]
+    alive, flat = values.detach().view(kind), dense.detach().view(kind)
+    row_offsets, cols, slots = (tensor.numpy() for tensor in piece.places)
+    n_rows = len(row_offsets) - 1
     count = min(torch.get_num_threads(), n_rows) if dense.numel() >= _SHARED else 1
-    cuts = [n_rows * i // count for i in range(count + 1)]
-    threads.run(kernel, [t.numpy() for t in tensors], list(pairwise(cuts)))
+    parts = list(pairwise(n_rows * i // count for i in range(count + 1)))
+    if piece.bits is None:
+        threads.run(plain, (alive.numpy(), row_offsets, cols, slots, flat.numpy()), parts)
+    else:
+        words, ordered = piece.bits
+        arrays = (alive.view(-1).numpy(), words.numpy(), row_offsets, slots, ordered)
+        threads.run(by_bits, (*arrays, flat[:, 0].numpy()), parts)

@@ -86,7 +86,8 @@ class Memory:
         self._known: Any = WeakTensorKeyDictionary()
 
     def get(self, tensors: tuple[Tensor, ...], key: Hashable, make: Callable[[], T]) -> T:
-        """``make()``, a function of these tensors and this key; called once."""
+        """``make()``, a function of these tensors and this key; called once. It must not return
+        what refers to the first tensor, which would live forever then."""
         known = self._known.get(tensors[0])
         if known is None or not known[0].same(tensors):
             known = self._known[tensors[0]] = (_State.of(tensors), {})
@@ -123,7 +124,8 @@ def blocks_of(offsets: Tensor, index: Tensor, slots: Tensor) -> Blocks:
 
     def make() -> Blocks:
         major = expand(offsets, index.numel())
-        return Blocks(*(t.long().numpy() for t in (major, index, slots)))
+        # Copies: what is remembered of tensors must not keep them alive.
+        return Blocks(*(t.numpy().astype(np.int64) for t in (major, index, slots)))
 
     return memory.get((offsets, index, slots), "blocks", make)
 

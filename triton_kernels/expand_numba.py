@@ -1,0 +1,116 @@
+"""Scattering single weights into a dense one and gathering them back, sixteen columns at a time:
+the processor spreads the next few numbers over those that a bit says are alive (AVX-512).
+
+Half as much is read as by the columns' numbers, which ``scatter_numba`` follows, and both take
+hardly more time than the memory does.
+
+values: (capacity,); bits: uint16 (rows, columns / 16 rounded up), the i-th bit of a word for the
+i-th column; offsets: of some rows, from any number on; slots: of their weights, not looked at where
+``ordered``: slot k then holds the k-th of all weights, and ``offsets`` count all of them; dense:
+(rows, columns); first, last: rows. 4 bytes a number. Without the interpreter's lock. Nothing is
+checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from triton_kernels.vectors import INDEX, WIDTH, Loop
+
+
+def _spread(typing: Any, source: Any, at: Any, bits: Any, target: Any, to: Any) -> Any:
+    """The numbers of the source from the at-th on -> the 16 of the target from the to-th on: the
+    next one where a bit is set, zero elsewhere. Returns how many were taken."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        loop = Loop(context, builder, signature, args)
+        start, mask = builder.gep(loop.data(0), [args[1]]), _mask(builder, args[2])
+        kind = ir.VectorType(start.type.pointee, WIDTH)
+        taken = ir.FunctionType(kind, [start.type, mask.type, kind])
+        name = f"llvm.masked.expandload.v{WIDTH}i32"
+        spread = _declared(builder.module, name, taken)
+        numbers = builder.call(spread, [start, mask, ir.Constant(kind, None)])
+        loop.store([numbers], builder.gep(loop.data(3), [args[4]]))
+        return builder.zext(builder.ctpop(args[2]), INDEX)
+
+    return types.int64(source, types.int64, types.uint16, target, types.int64), generate
+
+
+def _collect(typing: Any, source: Any, at: Any, bits: Any, target: Any, to: Any) -> Any:
+    """The other way: those of 16 numbers of the source where a bit is set."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        loop = Loop(context, builder, signature, args)
+        (numbers,) = loop.vectors(builder.gep(loop.data(0), [args[1]]), 1)
+        place, mask = builder.gep(loop.data(3), [args[4]]), _mask(builder, args[2])
+        taken = ir.FunctionType(ir.VoidType(), [numbers.type, place.type, mask.type])
+        collect = _declared(builder.module, f"llvm.masked.compressstore.v{WIDTH}i32", taken)
+        builder.call(collect, [numbers, place, mask])
+        return builder.zext(builder.ctpop(args[2]), INDEX)
+
+    return types.int64(source, types.int64, types.uint16, target, types.int64), generate
+
+
+def _mask(builder: Any, bits: Any) -> Any:
+    return builder.bitcast(bits, ir.VectorType(ir.IntType(1), WIDTH))
+
+
+def _declared(module: Any, name: str, kind: Any) -> Any:
+    known = module.globals.get(name)
+    return ir.Function(module, kind, name=name) if known is None else known
+
+
+_spread_next: Any = intrinsic(_spread)
+_collect_next: Any = intrinsic(_collect)
+
+
+@njit(nogil=True)
+def expand(values, bits, offsets, slots, ordered, dense, first, last):  # type: ignore[no-untyped-def]
+    """All else of these rows becomes zero."""
+    columns = dense.shape[1]
+    flat, row = dense.reshape(dense.size), np.empty(columns, values.dtype)
+    for r in range(first, last):
+        begin = offsets[r] - offsets[0]
+        source, k = (values, np.int64(offsets[r])) if ordered else (row, np.int64(0))
+        if not ordered:
+            for i in range(offsets[r + 1] - offsets[r]):
+                row[i] = values[np.uint64(slots[begin + i])]
+        for word in range(columns // WIDTH):
+            k += _spread_next(source, k, bits[r, word], flat, r * columns + word * WIDTH)
+        for c in range(columns // WIDTH * WIDTH, columns):
+            alive = bits[r, c // WIDTH] >> (c % WIDTH) & 1
+            dense[r, c] = source[k] if alive else 0
+            k += alive
+
+
+@njit(nogil=True)
+def compress(values, bits, offsets, slots, ordered, dense, first, last):  # type: ignore[no-untyped-def]
+    """The other way, at the alive entries alone."""
+    columns = dense.shape[1]
+    flat, row = dense.reshape(dense.size), np.empty(columns, values.dtype)
+    for r in range(first, last):
+        begin = offsets[r] - offsets[0]
+        target, k = (values, np.int64(offsets[r])) if ordered else (row, np.int64(0))
+        for word in range(columns // WIDTH):
+            k += _collect_next(flat, r * columns + word * WIDTH, bits[r, word], target, k)
+        for c in range(columns // WIDTH * WIDTH, columns):
+            if bits[r, c // WIDTH] >> (c % WIDTH) & 1:
+                target[k] = dense[r, c]
+                k += 1
+        if not ordered:
+            for i in range(offsets[r + 1] - offsets[r]):
+                values[np.uint64(slots[begin + i])] = row[i]
+
+
+@njit(nogil=True)
+def mark(offsets, cols, bits, first, last):  # type: ignore[no-untyped-def]
+    """Sets the bits, all zero before, of rows [first, last); offsets: of all rows."""
+    for r in range(first, last):
+        for k in range(offsets[r], offsets[r + 1]):
+            col = np.uint64(cols[k])
+            bits[r, col // np.uint64(WIDTH)] |= np.uint16(1) << np.uint16(col % np.uint64(WIDTH))
