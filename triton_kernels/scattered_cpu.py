@@ -60,7 +60,7 @@ def forward(
     y = x.new_empty(len(x), n_out)
     index = row_offsets, cols, slots
     pieces = _pieces(values, index, n_out, x.shape[1])
-    scratch = values.new_empty(pieces[0].outputs, 1, x.shape[1])
+    scratch = _room(values, (pieces[0].outputs, 1, x.shape[1]))
     for piece in pieces:
         weight = scratch[: piece.outputs]
         _scatter(values, piece, weight)
@@ -72,6 +72,8 @@ def forward(
     # Only the gradient of x needs it again.
     if x.requires_grad and len(pieces) == 1:
         keep(scratch, values, index)
+    else:
+        _waiting.room = scratch
     return y
 
 
@@ -91,7 +93,8 @@ def backward(
     index = row_offsets, cols, slots
     pieces = _pieces(values, index, dy.shape[1], x.shape[1])
     kept = take(values, index)
-    scratch = values.new_empty(pieces[0].outputs, 1, x.shape[1]) if kept is None else kept
+    room = (pieces[0].outputs, 1, x.shape[1])
+    scratch = _room(values, room) if kept is None else kept
     for piece in pieces:
         own, dense = dy[:, piece.rows], scratch[: piece.outputs]
         if need_x:
@@ -101,6 +104,7 @@ def backward(
         if need_values:
             torch.mm(own.T, x, out=dense[:, 0])
             _gather(dvalues, piece, dense)
+    _waiting.room = scratch
     return dx, dvalues
 
 
@@ -218,13 +222,25 @@ class _Kept(NamedTuple):
 
 class _Waiting(threading.local):
     """Weights whose backward is to come, in the order in which they were scattered. Autograd runs
-    it on the thread of its caller. Nothing stays longer than its values."""
+    it on the thread of its caller. None stays longer than its values.
+
+    room: what the last one lay in, since the system takes a millisecond to give as much again.
+    """
 
     def __init__(self) -> None:
         self.weights: Any = WeakTensorKeyDictionary()
+        self.room: Tensor | None = None
 
 
 _waiting = _Waiting()
+
+
+def _room(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Memory for a weight of these values, which holds anything."""
+    room, _waiting.room = _waiting.room, None
+    if room is not None and room.shape == shape and room.dtype == values.dtype:
+        return room
+    return values.new_empty(shape)
 
 
 def keep(weight: Tensor, values: Tensor, index: Index) -> None:
