@@ -1,7 +1,7 @@
 """Sparse products against the dense ones of the same size, side by side in one process.
 
-    python benchmarks/block_sparse.py                    # about 20 minutes on two quiet cores
-    python benchmarks/block_sparse.py --only square      # or wrn, alexnet, vit, auto, page
+    python benchmarks/block_sparse.py                    # about 40 minutes on two quiet cores
+    python benchmarks/block_sparse.py --only square      # or another group, auto, page
     python benchmarks/block_sparse.py --device cuda --dtype bfloat16 --batches 4096
 
 ``ours`` never forms the weight; ``scattered`` is the other way that a layer may take; ``dense`` is
@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +37,6 @@ from triton_kernels import costs
 
 NAME = "block_sparse"
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02)
-BLOCKS = (1, 16, 32, 64, 128)
 COLOURS = {1: "tab:blue", 16: "tab:orange", 32: "tab:green", 64: "tab:red", 128: "tab:purple"}
 REPEATS, MOST_SECONDS = 7, 6.0
 
@@ -73,6 +71,8 @@ class Case(NamedTuple):
 
 CASES = (
     *(Case("square", f"{n} x {n}", n, n) for n in (1024, 2048, 4096)),
+    *(Case("large", f"{n} x {n}", n, n) for n in (8192, 16384)),
+    Case("batches", "2048 x 2048", 2048, 2048),
     Case("wrn", "WRN-28-10, 160 at 32", 160, 160, 32),
     Case("wrn", "WRN-28-10, 320 at 16", 320, 320, 16),
     Case("wrn", "WRN-28-10, 640 at 8", 640, 640, 8),
@@ -80,26 +80,44 @@ CASES = (
     Case("alexnet", "AlexNet fc6", 4096, 9216),
     Case("vit", "ViT-B MLP", 3072, 768),
 )
-# Samples in a batch; of a convolution, images; of ViT, tokens.
-BATCHES = {"square": (256,), "wrn": (32,), "alexnet": (128,), "vit": (197 * 4,)}
+
+
+class Sweep(NamedTuple):
+    """batches: samples; of a convolution, images; of ViT, tokens."""
+
+    batches: tuple[int, ...]
+    blocks: tuple[int, ...] = (1, 16, 32, 64, 128)
+    densities: tuple[float, ...] = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
+
+
+GROUPS = {
+    "square": Sweep((256,)),
+    "batches": Sweep((64, 1024, 4096), (1, 32, 128), (0.5, 0.1, 0.05, 0.01)),
+    "large": Sweep((128,), (1, 32, 128), (0.1, 0.01)),
+    "alexnet": Sweep((128,)),
+    "vit": Sweep((197 * 4,)),
+    "wrn": Sweep((32,)),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    groups = (*BATCHES, "auto", "page")
+    groups = (*GROUPS, "auto", "page")
     parser.add_argument("--only", nargs="+", choices=groups, default=groups)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batches", nargs="+", type=int, help="in place of each group's own")
-    parser.add_argument("--blocks", nargs="+", type=int, default=BLOCKS)
-    parser.add_argument("--densities", nargs="+", type=float, default=DENSITIES)
+    parser.add_argument("--blocks", nargs="+", type=int)
+    parser.add_argument("--densities", nargs="+", type=float)
     options = parser.parse_args()
     how = {"device": torch.device(options.device), "dtype": getattr(torch, options.dtype)}
     for case in CASES:
         if case.group not in options.only:
             continue
-        for batch in options.batches or BATCHES[case.group]:
-            for row in measure(case, batch, options.blocks, options.densities, how):
+        sweep = GROUPS[case.group]
+        blocks, densities = (options.blocks or sweep.blocks, options.densities or sweep.densities)
+        for batch in options.batches or sweep.batches:
+            for row in measure(case, batch, blocks, densities, how):
                 record.append(NAME, [row])
     if "auto" in options.only:
         auto(_rows(options.device, options.dtype))
@@ -108,7 +126,11 @@ def main() -> None:
 
 
 def measure(
-    case: Case, batch: int, blocks: list[int], densities: list[float], how: dict[str, Any]
+    case: Case,
+    batch: int,
+    blocks: Sequence[int],
+    densities: Sequence[float],
+    how: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     x = case.input(batch, **how)
     dy = torch.randn_like(case.dense(**how)(x))

@@ -17,6 +17,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from triton_kernels.compiled_numba import compiled
 from triton_kernels.transpose_numba import turn
 from triton_kernels.vectors import INDEX, WIDTH, Loop, zero
 
@@ -45,7 +46,7 @@ def product(rows: int, vectors: int) -> Callable[..., None]:
     """
     sums, panel = _sums(rows, vectors), WIDTH * vectors
 
-    @njit(nogil=True)
+    @compiled(rows, vectors)
     def product(  # type: ignore[no-untyped-def]
         x, weights, transposed, offsets, index, slots, bias, out, rooms, cuts, shape, first, last
     ):
@@ -176,7 +177,7 @@ def gradient(rows: int, vectors: int) -> Callable[..., None]:
     """
     outer, panel = _outer(rows, vectors), WIDTH * vectors
 
-    @njit(nogil=True)
+    @compiled(rows, vectors)
     def gradient(  # type: ignore[no-untyped-def]
         x, dy, major, minor, slots, grad, rooms, cuts, shape, first, last
     ):

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from triton_kernels.compiled_numba import compiled
 from triton_kernels.transpose_numba import aligned, to_features, to_rows
 from triton_kernels.vectors import INDEX, WIDTH, Loop, zero
 
@@ -44,7 +45,7 @@ def walk(vectors: int) -> Callable[..., None]:
     do_both = _run_row(vectors, summed=True, dotted=True)
     size = WIDTH * vectors
 
-    @njit(nogil=True)
+    @compiled(vectors)
     def walk(  # type: ignore[no-untyped-def]
         x, own, values, offsets, index, slots, y, grad, summed, dotted, first, last
     ):

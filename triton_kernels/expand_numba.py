@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from triton_kernels.compiled_numba import compiled
 from triton_kernels.vectors import INDEX, WIDTH, Loop
 
 
@@ -69,7 +70,7 @@ _spread_next: Any = intrinsic(_spread)
 _collect_next: Any = intrinsic(_collect)
 
 
-@njit(nogil=True)
+@compiled()
 def expand(values, bits, offsets, slots, ordered, dense, first, last):  # type: ignore[no-untyped-def]
     """All else of these rows becomes zero."""
     columns = dense.shape[1]
@@ -88,7 +89,7 @@ def expand(values, bits, offsets, slots, ordered, dense, first, last):  # type: 
             k += alive
 
 
-@njit(nogil=True)
+@compiled()
 def compress(values, bits, offsets, slots, ordered, dense, first, last):  # type: ignore[no-untyped-def]
     """The other way, at the alive entries alone."""
     columns = dense.shape[1]
@@ -107,7 +108,7 @@ def compress(values, bits, offsets, slots, ordered, dense, first, last):  # type
                 values[np.uint64(slots[begin + i])] = row[i]
 
 
-@njit(nogil=True)
+@compiled()
 def mark(offsets, cols, bits, first, last):  # type: ignore[no-untyped-def]
     """Sets the bits, all zero before, of rows [first, last); offsets: of all rows."""
     for r in range(first, last):

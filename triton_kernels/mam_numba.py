@@ -20,6 +20,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from triton_kernels.compiled_numba import compiled
 from triton_kernels.vectors import INDEX, WIDTH, Loop
 
 # Columns of which one is remembered to hold the winner, until it is looked for.
@@ -40,7 +41,7 @@ def forward(vectors: int) -> Callable[..., None]:
     """
     sweep, hit = _sweep(vectors), _hit()
 
-    @njit(nogil=True)
+    @compiled(vectors)
     def kernel(  # type: ignore[no-untyped-def]
         tiled, x, weight, counts, values, arg_max, arg_min, base, first, last
     ):
@@ -116,7 +117,7 @@ def sparse_forward(vectors: int) -> Callable[..., None]:
                 return k
         return -1
 
-    @njit(nogil=True)
+    @compiled(vectors)
     def kernel(  # type: ignore[no-untyped-def]
         tiled,
         x,
@@ -176,7 +177,7 @@ def sparse_forward(vectors: int) -> Callable[..., None]:
     return kernel
 
 
-@njit(nogil=True)
+@compiled()
 def input_gradient(dy, weight, arg_max, arg_min, dx, base, first, last):  # type: ignore[no-untyped-def]
     """dx[b] += what samples [first, last) owe to rows base ... of the outputs, whose weights are
     ``weight``; always in the order of the outputs."""
@@ -189,7 +190,7 @@ def input_gradient(dy, weight, arg_max, arg_min, dx, base, first, last):  # type
                 dx[b, c] += slope * weight[r, c]
 
 
-@njit(nogil=True)
+@compiled()
 def weight_gradient(dy, x, arg_max, arg_min, dweight, base, first, last):  # type: ignore[no-untyped-def]
     """dweight[r] += the gradient of output base + r, for rows [first, last); always in the order of
     the samples."""
@@ -202,7 +203,7 @@ def weight_gradient(dy, x, arg_max, arg_min, dweight, base, first, last):  # typ
                 dweight[r, c] += slope * x[b, c]
 
 
-@njit(nogil=True)
+@compiled()
 def sparse_input_gradient(dy, weights, cols, arg_max, arg_min, dx, first, last):  # type: ignore[no-untyped-def]
     """dx[b] += the gradient of samples [first, last); weights, cols: (alive,)."""
     for start in range(0, dy.shape[1], _ROWS):
@@ -213,7 +214,7 @@ def sparse_input_gradient(dy, weights, cols, arg_max, arg_min, dx, first, last):
                         dx[b, cols[k]] += dy[b, r] * weights[k]
 
 
-@njit(nogil=True)
+@compiled()
 def sparse_weight_gradient(dy, x, cols, slots, arg_max, arg_min, grad, first, last):  # type: ignore[no-untyped-def]
     """grad[slot] += the gradient of the weights of rows [first, last)."""
     for start in range(first, last, _ROWS):

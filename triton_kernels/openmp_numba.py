@@ -16,14 +16,21 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import typeof, types
+from numba._dispatcher import compute_fingerprint
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from triton_kernels.compiled_numba import compiled
 from triton_kernels.vectors import INDEX
 
 # What threads share: the next part, whether one has failed, and how many parts there are.
 _NEXT, _FAILED, _COUNT = range(3)
+# Of every kernel, after its other arguments.
+_ENDS = types.int64, types.int64
+
+# Where the machine code of each kernel begins, for each kind of arguments.
+_entries: dict[tuple[Any, bytes], int] = {}
 
 
 def run(
@@ -32,10 +39,20 @@ def run(
     """``kernel(*arguments, first, last)`` for every part, each on the thread that comes for it
     first. kernel: a function that numba compiled, which must not need the interpreter. Returns when
     all are done. Raises RuntimeError if one failed, which then says nothing more."""
+    arguments = tuple(arguments)
+    kind = kernel, compute_fingerprint(arguments)
+    if kind not in _entries:
+        _entries[kind] = _entry(kernel, typeof(arguments).types)
     state = np.array([0, 0, len(parts)])
-    _team(kernel)(tuple(arguments), np.array(parts, np.int64).reshape(-1), state, _fork())
+    _team(arguments, np.array(parts, np.int64).reshape(-1), state, _fork(), _entries[kind])
     if state[_FAILED]:
         raise RuntimeError(f"{kernel.__name__} failed on a thread, probably for lack of memory")
+
+
+def _entry(kernel: Any, arguments: Sequence[Any]) -> int:
+    kernel.compile((*arguments, *_ENDS))
+    compiled = kernel.overloads[(*arguments, *_ENDS)]
+    return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
 
 
 def available() -> bool:
@@ -56,53 +73,35 @@ def _fork() -> int:
         return 0
 
 
-@cache
-def _team(kernel: Any) -> Callable[..., None]:
-    """team(arguments, parts, state, fork), compiled."""
+def _spread(typing: Any, arguments: Any, parts: Any, state: Any, fork: Any, entry: Any) -> Any:
+    """Has a function run by as many threads as there are parts."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def spread(typing: Any, arguments: Any, parts: Any, state: Any, fork: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            taken = (*arguments.types, types.int64, types.int64)
-            kernel.compile(taken)
-            compiled = kernel.overloads[taken]
-            # Not as code, which would be optimised a second time.
-            entry = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
-            parts_, state_ = (
-                context.make_array(kind)(context, builder, value).data
-                for kind, value in ((parts, args[1]), (state, args[2]))
-            )
-            given = cgutils.pack_struct(builder, [args[0], parts_, state_])
-            room = cgutils.alloca_once_value(builder, given)
-            share = _share(context, builder.module, room.type, taken, entry)
-            kind = ir.FunctionType(
-                ir.VoidType(), [share.type, cgutils.voidptr_t, ir.IntType(32), ir.IntType(32)]
-            )
-            count = builder.load(builder.gep(state_, [ir.Constant(INDEX, _COUNT)]))
-            # As many threads as there are parts; the last argument is of no use here.
-            builder.call(
-                builder.inttoptr(args[3], kind.as_pointer()),
-                [
-                    *(share, builder.bitcast(room, cgutils.voidptr_t)),
-                    *(builder.trunc(count, ir.IntType(32)), ir.IntType(32)(0)),
-                ],
-            )
-            return context.get_dummy_value()
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        parts_, state_ = (
+            context.make_array(kind)(context, builder, value).data
+            for kind, value in ((parts, args[1]), (state, args[2]))
+        )
+        given = cgutils.pack_struct(builder, [args[0], parts_, state_, args[4]])
+        room = cgutils.alloca_once_value(builder, given)
+        share = _share(context, builder.module, room.type, (*arguments.types, *_ENDS))
+        number = ir.IntType(32)
+        taken = [share.type, cgutils.voidptr_t, number, number]
+        kind = ir.FunctionType(ir.VoidType(), taken).as_pointer()
+        count = builder.load(builder.gep(state_, [INDEX(_COUNT)]))
+        # The last argument asks for nothing.
+        values = [share, builder.bitcast(room, cgutils.voidptr_t)]
+        values += [builder.trunc(count, number), number(0)]
+        builder.call(builder.inttoptr(args[3], kind), values)
+        return context.get_dummy_value()
 
-        return types.void(arguments, parts, state, fork), generate
-
-    @njit(nogil=True)
-    def team(arguments, parts, state, fork):  # type: ignore[no-untyped-def]
-        spread(arguments, parts, state, fork)
-
-    return team  # type: ignore[no-any-return]
+    return types.void(arguments, parts, state, fork, entry), generate
 
 
-def _share(context: Any, module: Any, kind: Any, taken: tuple[Any, ...], entry: int) -> Any:
+def _share(context: Any, module: Any, kind: Any, taken: tuple[Any, ...]) -> Any:
     """The function that every thread runs: it takes parts as long as there are some.
 
-    kind: of the pointer to (arguments, parts, state) that it gets; taken: types of the arguments of
-    the kernel, which begins at the address ``entry``.
+    kind: of the pointer that it gets, to the arguments, the parts, the state, and the address of
+    the kernel; taken: types of all arguments of the kernel.
     """
     name = module.get_unique_name("share")
     share = ir.Function(module, ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t]), name)
@@ -110,11 +109,11 @@ def _share(context: Any, module: Any, kind: Any, taken: tuple[Any, ...], entry: 
     builder = ir.IRBuilder(share.append_basic_block())
     again, work, done = (share.append_basic_block() for _ in range(3))
     given = builder.load(builder.bitcast(share.args[0], kind))
-    arguments, parts, state = (builder.extract_value(given, i) for i in range(3))
-    arguments = [builder.extract_value(arguments, i) for i in range(len(taken) - 2)]
+    arguments, parts, state, entry = (builder.extract_value(given, i) for i in range(4))
+    arguments = [builder.extract_value(arguments, i) for i in range(len(taken) - len(_ENDS))]
 
     def field(at: int) -> Any:
-        return builder.gep(state, [ir.Constant(INDEX, at)])
+        return builder.gep(state, [INDEX(at)])
 
     count = builder.load(field(_COUNT))
     builder.branch(again)
@@ -124,13 +123,22 @@ def _share(context: Any, module: Any, kind: Any, taken: tuple[Any, ...], entry: 
     builder.position_at_end(work)
     first = builder.gep(parts, [builder.mul(own, INDEX(2))])
     ends = [builder.load(builder.gep(first, [INDEX(i)])) for i in range(2)]
+    # Its address, not its code, which would be optimised once more.
     convention = context.call_conv
-    signature = convention.get_function_type(types.none, taken)
-    callee = builder.inttoptr(INDEX(entry), signature.as_pointer())
-    status, _ = convention.call_function(builder, callee, types.none, taken, arguments + ends)
+    called = convention.get_function_type(types.none, taken).as_pointer()
+    kernel = builder.inttoptr(entry, called)
+    status, _ = convention.call_function(builder, kernel, types.none, taken, arguments + ends)
     with builder.if_then(status.is_error):
         builder.store(INDEX(1), field(_FAILED))
     builder.branch(again)
     builder.position_at_end(done)
     builder.ret_void()
     return share
+
+
+_spread_parts: Any = intrinsic(_spread)
+
+
+@compiled()
+def _team(arguments, parts, state, fork, entry):  # type: ignore[no-untyped-def]
+    _spread_parts(arguments, parts, state, fork, entry)

@@ -15,11 +15,13 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from triton_kernels.compiled_numba import compiled
+
 # Rows that are put together of blocks: the more, the longer what is read of each at a time.
 _AT_ONCE = 8
 
 
-@njit(nogil=True)
+@compiled()
 def scatter_entries(values, offsets, cols, slots, dense, first, last):  # type: ignore[no-untyped-def]
     """Single weights. All else of these rows becomes zero."""
     alive = values.reshape(values.size)
@@ -32,7 +34,7 @@ def scatter_entries(values, offsets, cols, slots, dense, first, last):  # type: 
         _put(row, dense[r])
 
 
-@njit(nogil=True)
+@compiled()
 def gather_entries(values, offsets, cols, slots, dense, first, last):  # type: ignore[no-untyped-def]
     """The other way, at the alive entries alone."""
     alive = values.reshape(values.size)
@@ -43,7 +45,7 @@ def gather_entries(values, offsets, cols, slots, dense, first, last):  # type: i
             alive[np.uint64(slots[k])] = row[np.uint64(cols[k])]
 
 
-@njit(nogil=True)
+@compiled()
 def scatter_blocks(values, offsets, cols, slots, dense, first, last):  # type: ignore[no-untyped-def]
     """Blocks. All else of these rows becomes zero."""
     bh, bw = values.shape[1:]
@@ -66,7 +68,7 @@ def scatter_blocks(values, offsets, cols, slots, dense, first, last):  # type: i
                 _put(some[i], dense[r * bh + top + i])
 
 
-@njit(nogil=True)
+@compiled()
 def gather_blocks(values, offsets, cols, slots, dense, first, last):  # type: ignore[no-untyped-def]
     """The other way, at the alive blocks alone; the padding of edge blocks becomes zero."""
     bh, bw = values.shape[1:]
