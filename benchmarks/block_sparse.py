@@ -269,6 +269,12 @@ def page(rows: list[dict[str, str]]) -> None:
     _plot(rows)
 
 
+def _place(layer: tuple[Any, ...]) -> tuple[Any, ...]:
+    """By the layer's place among the cases, then by what else there is."""
+    name, *others = layer
+    return [case.name for case in CASES].index(name), *others
+
+
 def _table(rows: list[dict[str, str]]) -> str:
     """How many times faster than dense a step is, a line a layer and block."""
     steps = [row for row in rows if row["what"] == "step"]
@@ -279,7 +285,7 @@ def _table(rows: list[dict[str, str]]) -> str:
         line[row["way"], float(row["density"])] = float(row["ms"])
     head = ["layer", "batch", "block", "dense, ms", *(f"density {d:g}" for d in densities)]
     text = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for (layer, batch, block), ms in sorted(lines.items()):
+    for (layer, batch, block), ms in sorted(lines.items(), key=lambda line: _place(line[0])):
         dense = statistics.median(value for (way, _), value in ms.items() if way == "dense")
         ratios = (ms["dense", d] / ms["ours", d] if ("ours", d) in ms else None for d in densities)
         cells = ["" if ratio is None else f"{ratio:.2g}" for ratio in ratios]
@@ -301,7 +307,7 @@ def _plot(rows: list[dict[str, str]]) -> None:
     import matplotlib.pyplot as plt
 
     steps = [row for row in rows if row["what"] == "step"]
-    layers = sorted({(row["layer"], int(row["batch"])) for row in steps})
+    layers = sorted({(row["layer"], int(row["batch"])) for row in steps}, key=_place)
     across = 4
     figure, axes = plt.subplots(
         -(-len(layers) // across), across, figsize=(4 * across, 3.2 * -(-len(layers) // across))

@@ -237,13 +237,18 @@ def _plot(folder: Path, name: str, panels: int, draw: Callable[[list[Axes]], Non
     return name
 
 
+def _over_epochs(axis: Axes) -> None:
+    axis.set_xlabel("epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
 def _curves(axes: list[Axes], epochs: Lines) -> None:
     at = [line["epoch"] for line in epochs]
     for axis, what in zip(axes, ("loss", "accuracy"), strict=True):
         for split in ("train", "val"):
             if all(split in line for line in epochs):
                 axis.plot(at, [line[split][what] for line in epochs], marker=".", label=split)
-        axis.set_xlabel("epoch")
+        _over_epochs(axis)
         axis.set_ylabel(what)
         axis.grid(alpha=0.3)
         axis.legend()
@@ -275,7 +280,7 @@ def _beta(axes: list[Axes], epochs: Lines) -> None:
     # What an epoch ends with; the first one begins with the sum alone.
     at, betas = [line["epoch"] for line in own], [line["beta"] for line in own]
     axis.plot([0, *at], [1, *betas], marker=".")
-    axis.set_xlabel("epoch")
+    _over_epochs(axis)
     axis.set_ylabel("share of the ordinary sum (beta)")
     axis.set_ylim(-0.02, 1.02)
     axis.grid(alpha=0.3)
