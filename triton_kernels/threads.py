@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any
 
@@ -36,7 +36,10 @@ def _run_in_pool(
 ) -> None:
     """The first part here, each of the others on a thread of its own."""
     others = [_pool().submit(kernel, *arguments, *part) for part in parts[1:]]
-    kernel(*arguments, *parts[0])
+    try:
+        kernel(*arguments, *parts[0])
+    finally:
+        wait(others)
     for other in others:
         other.result()
 
