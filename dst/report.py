@@ -238,8 +238,10 @@ def _plot(folder: Path, name: str, panels: int, draw: Callable[[list[Axes]], Non
 
 
 def _over_epochs(axis: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axis.set_xlabel("epoch")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _curves(axes: list[Axes], epochs: Lines) -> None:

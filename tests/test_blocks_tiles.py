@@ -9,7 +9,7 @@ from sparse_case import Case, topology_of
 from torch import Tensor
 
 from growth import Grid
-from triton_kernels import blocks_tiles, forms
+from triton_kernels import blocks_tiles, forms, gather, waves
 
 pytest.importorskip("numba", reason="numba is not installed")
 
@@ -119,6 +119,35 @@ def test_the_result_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(
         found[0][0].double(), x.double() @ case.weight.T, rtol=1e-4, atol=1e-3
     )
+
+
+def test_activations_that_lie_anyhow() -> None:
+    torch.manual_seed(0)
+    case = Case(topology_of(Grid.of(96, 64, 1, (32, 16)), "some"), torch.float32)
+    layout, values, weight = case.topology.layout, case.values.detach(), case.weight.float()
+    for x, dy in (
+        (torch.randn(1, 128)[:, ::2], torch.randn(1, 192)[:, ::2]),
+        (torch.randn(1, 1).expand(7, 64), torch.randn(1, 1).expand(7, 96)),
+        (torch.randn(64, 5).T, torch.randn(96, 5).T),
+        (torch.randn(5, 65)[:, 1:], torch.randn(5, 97)[:, 1:]),
+    ):
+        y = blocks_tiles.forward(x, values, *layout[:3], 96)
+        torch.testing.assert_close(y, x @ weight.T)
+        dx = blocks_tiles.input_gradient(dy, values, *layout[3:6], 64)
+        torch.testing.assert_close(dx, dy @ weight)
+        found = blocks_tiles.weight_gradient(x, dy, *layout[:3], len(values), (32, 16))
+        expected = gather((dy.T @ x)[:, None].contiguous(), *layout[:3], len(values), (32, 16))
+        torch.testing.assert_close(found, expected)
+
+
+def test_work_for_many_batches_is_not_all_kept() -> None:
+    case = Case(topology_of(Grid.of(32, 32, 1, (16, 16)), "some"), torch.float32)
+    index = case.topology.layout[:3]
+    for batch in range(1, 40):
+        blocks_tiles.forward(torch.randn(batch, 32), case.values.detach(), *index, 32)
+    _, kept = waves.memory._known[index[0]]
+    (work,) = (one for key, one in kept.items() if key[0] == "work")
+    assert work.cuts.cache_info().currsize <= 8
 
 
 def test_which_blocks_they_serve(monkeypatch: pytest.MonkeyPatch) -> None:

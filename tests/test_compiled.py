@@ -52,10 +52,17 @@ def test_parameters_tell_functions_apart(folder: Path) -> None:
 
 def test_other_sources_are_compiled_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert adds(3)(4) == 7
-    assert compiled_numba._sources() == compiled_numba._sources.__wrapped__()
+    assert compiled_numba._sources() == compiled_numba._IMPORTED
+    with monkeypatch.context() as context:  # while this process runs: code and sources may differ
+        context.setattr(compiled_numba, "_sources", lambda: "edited")
+        for _ in range(2):
+            edited = adds(3)
+            assert edited(4) == 7 and hits(edited) == 0
+    monkeypatch.setattr(compiled_numba, "_IMPORTED", "edited")
     monkeypatch.setattr(compiled_numba, "_sources", lambda: "edited")
-    edited = adds(3)
-    assert edited(4) == 7 and hits(edited) == 0
+    for known in (0, 1):
+        edited = adds(3)
+        assert edited(4) == 7 and hits(edited) == known
 
 
 @pytest.mark.parametrize(
@@ -83,6 +90,20 @@ def test_kinds_of_arguments_have_files_of_their_own(folder: Path) -> None:
     assert len(list(folder.rglob("*.nbc"))) == 2
     again = adds(3)
     assert (again(0.5), again(4)) == (3.5, 7) and hits(again) == 2
+
+
+def test_settings_of_numba_are_told_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert adds(3)(4) == 7
+    monkeypatch.setattr(numba.config, "BOUNDSCHECK", 1)
+    checked = adds(3)
+    assert checked(4) == 7 and hits(checked) == 0
+
+
+def test_a_cache_that_is_off(folder: Path) -> None:
+    assert adds(3)(4) == 7
+    kernel = adds(3)
+    kernel._cache.disable()
+    assert kernel(4) == 7 and hits(kernel) == 0
 
 
 def test_without_a_place_to_keep_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,59 @@ def test_columns_as_bits(alive: str, dtype: torch.dtype, monkeypatch: pytest.Mon
         )
 
 
+def test_training_after_inference_mode() -> None:
+    layer = SparseLinear(40, 30, density=0.5, compute="dense")
+    x = torch.randn(8, 40, requires_grad=True)
+    y = layer(x)
+    with torch.inference_mode():
+        layer(x)
+        layer(x.detach())
+    y.sum().backward()
+    layer(x.detach()).sum().backward()
+    found = layer.values.grad.clone()
+    layer.values.grad = None
+    for _ in range(2):
+        layer(x).sum().backward()
+    torch.testing.assert_close(found, layer.values.grad)
+
+
+def test_the_same_values_in_layers_of_two_shapes() -> None:
+    case = Case(topology_of(Grid.of(12, 10, 1, (1, 1)), "some"), torch.float32)
+    layout = case.topology.layout
+    x, maps = torch.randn(6, 10), torch.randn(2, 10, 3, 1)
+    x, maps = x.requires_grad_(), maps.requires_grad_()
+    for order in (1, -1):
+        x.grad = maps.grad = None
+        outputs = [
+            sparse_linear(x, case.values, layout),
+            sparse_conv2d(maps, case.values, layout, (1, 1)),
+        ]
+        for y in outputs[::order]:
+            y.sum().backward()
+        expected = case.weight.sum(0)
+        torch.testing.assert_close(x.grad.double(), expected.expand(6, -1))
+        torch.testing.assert_close(maps.grad.double(), expected[:, None, None].expand(2, -1, 3, 1))
+
+
+def test_what_room_is_left_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = SparseLinear(64, 64, density=0.5, compute="dense").to(dtype)
+        monkeypatch.setattr(scattered_cpu, "PIECE_BYTES", 1 << 11)
+        layer(torch.randn(2, 64, dtype=dtype)).sum().backward()
+        room = scattered_cpu._waiting.room
+        assert room is None or room.nbytes <= 1 << 11
+
+
+def test_a_default_device_is_not_looked_at() -> None:
+    layer, x = SparseLinear(64, 48, density=0.5, compute="dense"), torch.randn(4, 64)
+    blocks = SparseLinear(64, 48, density=0.5, block=(16, 16), compute="sparse")
+    with torch.device("meta"):
+        for one in (layer, blocks):
+            y = one(x)
+            assert y.device.type == "cpu"
+            y.backward(torch.ones_like(y))
+
+
 def test_what_is_remembered_of_a_layout_goes_with_it() -> None:
     gc.collect()
     before = len(waves.memory._known)
@@ -270,16 +323,16 @@ def test_what_was_kept_is_not_used_for_another_weight() -> None:
         scattered_cpu.keep(weight, values, index)
         if change is not None:
             change.add_(0)
-        found = scattered_cpu.take(values, index)
+        found = scattered_cpu.take(values, index, weight.shape)
         assert found is (weight if change is None else None)
-        assert scattered_cpu.take(values, index) is None
+        assert scattered_cpu.take(values, index, weight.shape) is None
     scattered_cpu.keep(weight, values, index)
-    assert scattered_cpu.take(values, (*index[:2], index[2].clone())) is None
+    assert scattered_cpu.take(values, (*index[:2], index[2].clone()), weight.shape) is None
     scattered_cpu.keep(weight, values, index)
-    assert scattered_cpu.take(values.clone(), index) is None
+    assert scattered_cpu.take(values.clone(), index, weight.shape) is None
     with torch.inference_mode():
-        assert scattered_cpu.take(torch.ones(3, 1, 1), index) is None
-    scattered_cpu.take(values, index)
+        assert scattered_cpu.take(torch.ones(3, 1, 1), index, weight.shape) is None
+    assert scattered_cpu.take(values, index, (20, 1, 12)) is None
 
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Compiled kernels on several threads."""
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -43,6 +44,18 @@ def test_the_threads_are_those_of_pytorch() -> None:
     assert torch.backends.openmp.is_available()
     assert openmp_numba.available()
     assert threads._many() is openmp_numba.run
+    out, tensor, count = np.zeros(9), torch.zeros(1 << 20), torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        openmp_numba.run(add, [out, (1.0, (0, 0))], [(0, 3), (3, 9)])
+        tensor.add_(1)
+        before = set(os.listdir("/proc/self/task"))
+        for _ in range(5):
+            openmp_numba.run(add, [out, (1.0, (0, 0))], [(0, 3), (3, 9)])
+            tensor.add_(1)
+        assert set(os.listdir("/proc/self/task")) <= before  # no thread ended and came anew
+    finally:
+        torch.set_num_threads(count)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 64])
@@ -88,6 +101,7 @@ def test_after_a_fork() -> None:
     child = os.fork()
     if child == 0:
         status = 1
+        signal.alarm(60)  # rather than wait for what never comes
         try:
             mine = np.zeros(10)
             threads.run(add, [mine, (1.0, (0, 0))], parts)

@@ -9,9 +9,9 @@ the result does not depend on how many there are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,9 +84,11 @@ def weight_gradient(
     blocks = blocks_of(row_offsets, cols, slots)
     # Every alive block is written whole; only free slots need zeros.
     whole = capacity == cols.numel() and len(x) > 0
-    grad = (torch.empty if whole else torch.zeros)(capacity, bh, bw, dtype=_WIDE[x.dtype])
+    make = x.new_empty if whole else x.new_zeros
+    grad = make(capacity, bh, bw, dtype=_WIDE[x.dtype])
     tile = gradient_tile(bw, grad.itemsize)
-    cuts = _shares(cols.numel(), cols.numel() * len(x) * bh * bw)
+    alive = cols.numel()
+    cuts = _shares(alive, alive * len(x) * bh * bw, torch.get_num_threads())
     rooms = _rooms(grad, cuts, GRADIENT_ROWS * (bh + 16 * tile[1]))
     shape = (len(x), x.shape[1], dy.shape[1], bh, bw)
     tensors = (_numbers(x), _numbers(dy), *blocks, _numbers(grad))
@@ -107,54 +109,53 @@ def _product(
     from triton_kernels.registers import product_tile
 
     depth, width = values.shape[:0:-1] if transposed else values.shape[1:]
-    work = memory.get(
-        order,
-        (len(x), depth, width, torch.get_num_threads()),
-        lambda: _Work.of(order, len(x), depth, width),
-    )
+    work = memory.get(order, ("work", depth, width), lambda: _Work(order, depth, width))
+    cuts = work.cuts(len(x), torch.get_num_threads())
     out = x.new_empty(len(x), n, dtype=_WIDE[x.dtype])
     start = out.new_zeros((len(work.offsets) - 1) * width)
     if bias is not None:
         start[:n] = bias
     tile = product_tile(width, out.itemsize)
     turned = work.longest * depth * width if transposed else 0
-    rooms = _rooms(out, work.cuts, 16 * tile[0] * tile[1] + turned)
+    rooms = _rooms(out, cuts, 16 * tile[0] * tile[1] + turned)
     shape = (len(x), x.shape[1], n, depth, width)
     index = (work.offsets, work.minor, work.slots)
     tensors = (_numbers(x), _numbers(values), transposed, *index, _numbers(start), _numbers(out))
-    _run(product(*tile), (*tensors, rooms, work.cuts, shape), work.cuts)
+    _run(product(*tile), (*tensors, rooms, cuts, shape), cuts)
     return _cast(out, x.dtype)
 
 
-class _Work(NamedTuple):
-    """An order of the blocks as ``product`` takes it, the most blocks of a row (or column), and the
-    shares of the threads."""
+class _Work:
+    """An order of the blocks as ``product`` takes it.
 
-    offsets: Index
-    minor: Index
-    slots: Index
-    longest: int
-    cuts: Index
+    longest: the most blocks of a row (or column); cuts: the shares of so many threads in the work
+    for a batch, of which those of the last few batches are kept.
+    """
 
-    @classmethod
-    def of(cls, order: tuple[Tensor, Tensor, Tensor], batch: int, depth: int, width: int) -> _Work:
+    def __init__(self, order: tuple[Tensor, Tensor, Tensor], depth: int, width: int) -> None:
+        blocks = blocks_of(*order)
+        self.minor, self.slots = blocks.minor, blocks.slots
+        self.offsets = order[0].numpy().astype(np.int64)
+        counts = np.diff(self.offsets)
+        self.longest = int(counts.max(initial=0))
+        # What is written where no block is costs about one row of a block.
+        self._costs = (counts * depth + 1) * width
+        self.cuts = lru_cache(maxsize=8)(self._cuts)
+
+    def _cuts(self, batch: int, count: int) -> Index:
         from triton_kernels.blocks_numba import ROWS
 
-        blocks, offsets = blocks_of(*order), order[0].numpy().astype(np.int64)
-        counts = np.diff(offsets)
         rows = np.diff(np.arange(0, batch, ROWS), append=batch)
-        # What is written where no block is costs about one row of a block.
-        ends = np.outer(rows, (counts * depth + 1) * width).cumsum()
+        ends = np.outer(rows, self._costs).cumsum()
         total = int(ends[-1]) if ends.size else 0
-        inner = np.searchsorted(ends, _shares(total, total)[1:-1], "right")
-        cuts = np.array([0, *inner, ends.size], np.int64)
-        return cls(offsets, blocks.minor, blocks.slots, int(counts.max(initial=0)), cuts)
+        inner = np.searchsorted(ends, _shares(total, total, count)[1:-1], "right")
+        return np.array([0, *inner, ends.size], np.int64)
 
 
-def _shares(count: int, work: int) -> Index:
-    """Where the shares of PyTorch's threads begin and end in [0, count)."""
-    parts = torch.get_num_threads() if work >= _SHARED else 1
-    return np.arange(parts + 1) * count // parts
+def _shares(size: int, work: int, count: int) -> Index:
+    """Where the shares of so many threads begin and end in [0, size), or that of one alone."""
+    parts = count if work >= _SHARED else 1
+    return np.arange(parts + 1) * size // parts
 
 
 def _rooms(like: Tensor, cuts: Index, numbers: int) -> NDArray[Any]:
@@ -168,7 +169,8 @@ def _run(kernel: Callable[..., None], arguments: tuple[Any, ...], cuts: Index) -
 
 def _numbers(tensor: Tensor) -> NDArray[Any]:
     """All of them, flat, in what they are computed in."""
-    return _cast(tensor.detach(), _WIDE[tensor.dtype]).reshape(-1).numpy()  # type: ignore[no-any-return]
+    wide = _cast(tensor.detach(), _WIDE[tensor.dtype]).contiguous()
+    return wide.view(-1).numpy()  # type: ignore[no-any-return]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

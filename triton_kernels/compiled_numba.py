@@ -11,16 +11,22 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import numba
 from numba.core.caching import FunctionCache
 from numba.core.serialize import dumps
+
+
+def jit_is_off() -> bool:
+    """By ``NUMBA_DISABLE_JIT``, which runs kernels in Python to look into them."""
+    return bool(_config.DISABLE_JIT)
 
 
 def compiled(*parameters: Hashable) -> Callable[[Callable[..., Any]], Any]:
@@ -32,15 +38,22 @@ def compiled(*parameters: Hashable) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         kernel: Any = numba.njit(nogil=True)(function)
-        # RuntimeError: there is nowhere to keep it.
-        with suppress(RuntimeError, OSError):
-            kernel._cache = _Cache(function, parameters)
+        # Edited since they were imported, sources do not say what the code is.
+        if not jit_is_off() and _sources() == _IMPORTED:
+            with suppress(RuntimeError, OSError):  # there is nowhere to keep it
+                kernel._cache = _Cache(function, parameters)
         return kernel
 
     return decorate
 
 
+_config: Any = numba.config
 _DIGEST = hashlib.sha256().digest_size
+# Of numba, by which the same function becomes other code.
+_SETTINGS = (
+    *("BOUNDSCHECK", "OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "DEBUGINFO_DEFAULT"),
+    *("DISABLE_INTEL_SVML", "FULL_TRACEBACKS"),
+)
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
@@ -50,9 +63,11 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
     def __init__(self, function: Callable[..., Any], parameters: tuple[Hashable, ...]) -> None:
         super().__init__(function)
-        self._parameters = parameters
+        self._kind = function.__module__, function.__qualname__, parameters
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        if not self._enabled:
+            return None
         target_context.refresh()
         try:
             data = self._file(sig, target_context.codegen()).read_bytes()
@@ -64,7 +79,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
         return self._impl.rebuild(target_context, pickle.loads(payload))
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        if not self._impl.check_cachable(data):
+        if not self._enabled or not self._impl.check_cachable(data):
             return
         payload = dumps(self._impl.reduce(data))
         # No room, or no permission: the next process compiles it again.
@@ -79,19 +94,23 @@ class _Cache(FunctionCache):  # type: ignore[misc]
                 new.unlink(missing_ok=True)
 
     def _file(self, sig: Any, codegen: Any) -> Path:
-        kind = repr((self._parameters, sig, codegen.magic_tuple()))
-        name = hashlib.sha256(kind.encode()).hexdigest()[:16]
-        return Path(self.cache_path) / f"{self._impl.filename_base}.{name}.nbc"
+        settings = [getattr(_config, name, None) for name in _SETTINGS]
+        kind = (*self._kind, sig, codegen.magic_tuple(), sys.version_info[:2], settings)
+        name = hashlib.sha256(repr(kind).encode()).hexdigest()[:20]
+        return Path(self.cache_path) / f"sparsegrow-{name}.nbc"
 
 
 def _digest(payload: bytes) -> bytes:
-    """Of machine code, and what else it was made from."""
-    return hashlib.sha256(f"{numba.__version__} {_sources()}".encode() + payload).digest()
+    """Of machine code, and of what else it was made from and by."""
+    versions = f"{numba.__version__} {llvmlite.__version__} {_IMPORTED}"
+    return hashlib.sha256(versions.encode() + payload).digest()
 
 
-@cache
 def _sources() -> str:
     """Of the functions that a kernel may call, too: numba looks at its own file alone."""
     here = Path(__file__).parent
     files = [*sorted(here.glob("*_numba.py")), here / "vectors.py"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+_IMPORTED = _sources()

@@ -155,7 +155,7 @@ def _conv_backward(
             dvalues = form.weight_gradient(x, dy, *at, *geometry)
         return dx, dvalues
     index = row_offsets, cols, slots
-    weight = scattered_cpu.take(values, index)
+    weight = scattered_cpu.take(values, index, (dy.shape[1], x.shape[1], *kernel))
     if weight is None:
         weight = _dense_weight(x, values, *index, dy.shape[1], kernel)
     dx, dense, _ = torch.ops.aten.convolution_backward(

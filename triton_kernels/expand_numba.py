@@ -24,7 +24,7 @@ from triton_kernels.compiled_numba import compiled
 from triton_kernels.vectors import INDEX, WIDTH, Loop
 
 
-def _spread(typing: Any, source: Any, at: Any, bits: Any, target: Any, to: Any) -> Any:
+def _expand(typing: Any, source: Any, at: Any, bits: Any, target: Any, to: Any) -> Any:
     """The numbers of the source from the at-th on -> the 16 of the target from the to-th on: the
     next one where a bit is set, zero elsewhere. Returns how many were taken."""
 
@@ -32,26 +32,23 @@ def _spread(typing: Any, source: Any, at: Any, bits: Any, target: Any, to: Any) 
         loop = Loop(context, builder, signature, args)
         start, mask = builder.gep(loop.data(0), [args[1]]), _mask(builder, args[2])
         kind = ir.VectorType(start.type.pointee, WIDTH)
-        taken = ir.FunctionType(kind, [start.type, mask.type, kind])
-        name = f"llvm.masked.expandload.v{WIDTH}i32"
-        spread = _declared(builder.module, name, taken)
-        numbers = builder.call(spread, [start, mask, ir.Constant(kind, None)])
+        values = [start, mask, ir.Constant(kind, None)]
+        numbers = loop.call(f"llvm.masked.expandload.v{WIDTH}i32", kind, values)
         loop.store([numbers], builder.gep(loop.data(3), [args[4]]))
         return builder.zext(builder.ctpop(args[2]), INDEX)
 
     return types.int64(source, types.int64, types.uint16, target, types.int64), generate
 
 
-def _collect(typing: Any, source: Any, at: Any, bits: Any, target: Any, to: Any) -> Any:
+def _compress(typing: Any, source: Any, at: Any, bits: Any, target: Any, to: Any) -> Any:
     """The other way: those of 16 numbers of the source where a bit is set."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         loop = Loop(context, builder, signature, args)
         (numbers,) = loop.vectors(builder.gep(loop.data(0), [args[1]]), 1)
         place, mask = builder.gep(loop.data(3), [args[4]]), _mask(builder, args[2])
-        taken = ir.FunctionType(ir.VoidType(), [numbers.type, place.type, mask.type])
-        collect = _declared(builder.module, f"llvm.masked.compressstore.v{WIDTH}i32", taken)
-        builder.call(collect, [numbers, place, mask])
+        values = [numbers, place, mask]
+        loop.call(f"llvm.masked.compressstore.v{WIDTH}i32", ir.VoidType(), values)
         return builder.zext(builder.ctpop(args[2]), INDEX)
 
     return types.int64(source, types.int64, types.uint16, target, types.int64), generate
@@ -61,13 +58,8 @@ def _mask(builder: Any, bits: Any) -> Any:
     return builder.bitcast(bits, ir.VectorType(ir.IntType(1), WIDTH))
 
 
-def _declared(module: Any, name: str, kind: Any) -> Any:
-    known = module.globals.get(name)
-    return ir.Function(module, kind, name=name) if known is None else known
-
-
-_spread_next: Any = intrinsic(_spread)
-_collect_next: Any = intrinsic(_collect)
+_expand_next: Any = intrinsic(_expand)
+_compress_next: Any = intrinsic(_compress)
 
 
 @compiled()
@@ -82,7 +74,7 @@ def expand(values, bits, offsets, slots, ordered, dense, first, last):  # type: 
             for i in range(offsets[r + 1] - offsets[r]):
                 row[i] = values[np.uint64(slots[begin + i])]
         for word in range(columns // WIDTH):
-            k += _spread_next(source, k, bits[r, word], flat, r * columns + word * WIDTH)
+            k += _expand_next(source, k, bits[r, word], flat, r * columns + word * WIDTH)
         for c in range(columns // WIDTH * WIDTH, columns):
             alive = bits[r, c // WIDTH] >> (c % WIDTH) & 1
             dense[r, c] = source[k] if alive else 0
@@ -98,7 +90,7 @@ def compress(values, bits, offsets, slots, ordered, dense, first, last):  # type
         begin = offsets[r] - offsets[0]
         target, k = (values, np.int64(offsets[r])) if ordered else (row, np.int64(0))
         for word in range(columns // WIDTH):
-            k += _collect_next(flat, r * columns + word * WIDTH, bits[r, word], target, k)
+            k += _compress_next(flat, r * columns + word * WIDTH, bits[r, word], target, k)
         for c in range(columns // WIDTH * WIDTH, columns):
             if bits[r, c // WIDTH] >> (c % WIDTH) & 1:
                 target[k] = dense[r, c]

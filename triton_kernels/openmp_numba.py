@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from numba._dispatcher import compute_fingerprint
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from triton_kernels.compiled_numba import compiled
+from triton_kernels.compiled_numba import compiled, jit_is_off
 from triton_kernels.vectors import INDEX
 
-# What threads share: the next part, whether one has failed, and how many parts there are.
-_NEXT, _FAILED, _COUNT = range(3)
+# What threads share: the next part, whether one has failed, the number of parts and of threads.
+_NEXT, _FAILED, _COUNT, _THREADS = range(4)
 # Of every kernel, after its other arguments.
 _ENDS = types.int64, types.int64
 
@@ -43,7 +44,8 @@ def run(
     kind = kernel, compute_fingerprint(arguments)
     if kind not in _entries:
         _entries[kind] = _entry(kernel, typeof(arguments).types)
-    state = np.array([0, 0, len(parts)])
+    # As many as PyTorch always asks for: for fewer, the others would end, and begin anew later.
+    state = np.array([0, 0, len(parts), max(len(parts), torch.get_num_threads())])
     _team(arguments, np.array(parts, np.int64).reshape(-1), state, _fork(), _entries[kind])
     if state[_FAILED]:
         raise RuntimeError(f"{kernel.__name__} failed on a thread, probably for lack of memory")
@@ -51,8 +53,8 @@ def run(
 
 def _entry(kernel: Any, arguments: Sequence[Any]) -> int:
     kernel.compile((*arguments, *_ENDS))
-    compiled = kernel.overloads[(*arguments, *_ENDS)]
-    return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
+    made = kernel.overloads[(*arguments, *_ENDS)]
+    return int(made.library.get_pointer_to_function(made.fndesc.llvm_func_name))
 
 
 def available() -> bool:
@@ -63,18 +65,18 @@ def available() -> bool:
 def _fork() -> int:
     """Address of the function of PyTorch's OpenMP that runs another on many threads; 0 where there
     is none of this name."""
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or jit_is_off():
         return 0
-    try:
-        # A symbol is looked up in the library and what it was linked with.
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
-    except (OSError, AttributeError):
-        return 0
+    # As PyTorch's own calls are looked up: in the whole process, which may have been started with
+    # another OpenMP, then in what PyTorch was linked with.
+    for library in (None, str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")):
+        with suppress(OSError, AttributeError):
+            return ctypes.cast(ctypes.CDLL(library).GOMP_parallel, ctypes.c_void_p).value or 0
+    return 0
 
 
-def _spread(typing: Any, arguments: Any, parts: Any, state: Any, fork: Any, entry: Any) -> Any:
-    """Has a function run by as many threads as there are parts."""
+def _open(typing: Any, arguments: Any, parts: Any, state: Any, fork: Any, entry: Any) -> Any:
+    """Has threads run the parts."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         parts_, state_ = (
@@ -87,7 +89,7 @@ def _spread(typing: Any, arguments: Any, parts: Any, state: Any, fork: Any, entr
         number = ir.IntType(32)
         taken = [share.type, cgutils.voidptr_t, number, number]
         kind = ir.FunctionType(ir.VoidType(), taken).as_pointer()
-        count = builder.load(builder.gep(state_, [INDEX(_COUNT)]))
+        count = builder.load(builder.gep(state_, [INDEX(_THREADS)]))
         # The last argument asks for nothing.
         values = [share, builder.bitcast(room, cgutils.voidptr_t)]
         values += [builder.trunc(count, number), number(0)]
@@ -136,9 +138,9 @@ def _share(context: Any, module: Any, kind: Any, taken: tuple[Any, ...]) -> Any:
     return share
 
 
-_spread_parts: Any = intrinsic(_spread)
+_open_team: Any = intrinsic(_open)
 
 
 @compiled()
 def _team(arguments, parts, state, fork, entry):  # type: ignore[no-untyped-def]
-    _spread_parts(arguments, parts, state, fork, entry)
+    _open_team(arguments, parts, state, fork, entry)

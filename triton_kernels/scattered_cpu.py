@@ -15,12 +15,13 @@ from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from triton_kernels import threads
-from triton_kernels.waves import memory
+from triton_kernels.waves import memory, version
 
 # Larger pieces of memory come from the system anew each time (32 MB with glibc), a page at a time.
 PIECE_BYTES = 28 << 20
@@ -73,7 +74,7 @@ def forward(
     if x.requires_grad and len(pieces) == 1:
         keep(scratch, values, index)
     else:
-        _waiting.room = scratch
+        _leave(scratch)
     return y
 
 
@@ -92,7 +93,7 @@ def backward(
     dvalues = _gradient(values, cols) if need_values else values.new_empty(0)
     index = row_offsets, cols, slots
     pieces = _pieces(values, index, dy.shape[1], x.shape[1])
-    kept = take(values, index)
+    kept = take(values, index, (dy.shape[1], 1, x.shape[1]))
     room = (pieces[0].outputs, 1, x.shape[1])
     scratch = _room(values, room) if kept is None else kept
     for piece in pieces:
@@ -104,7 +105,7 @@ def backward(
         if need_values:
             torch.mm(own.T, x, out=dense[:, 0])
             _gather(dvalues, piece, dense)
-    _waiting.room = scratch
+    _leave(scratch)
     return dx, dvalues
 
 
@@ -161,16 +162,18 @@ class _Bits(NamedTuple):
         if not single or index[1].numel() < _CROWDED * n_out * n_in:
             return None
 
+        from triton_kernels.compiled_numba import jit_is_off
         from triton_kernels.expand_numba import mark
         from triton_kernels.registers import expands
         from triton_kernels.vectors import WIDTH
 
-        if not expands():
+        if jit_is_off() or not expands():
             return None
-        words = torch.zeros(n_out, -(-n_in // WIDTH), dtype=torch.uint16)
         row_offsets, cols, slots = index
+        words = cols.new_zeros(n_out, -(-n_in // WIDTH), dtype=torch.uint16)
         mark(row_offsets.numpy(), cols.numpy(), words.numpy(), 0, n_out)
-        return cls(words, torch.equal(slots, torch.arange(slots.numel(), dtype=slots.dtype)))
+        ordered = np.array_equal(slots.numpy(), np.arange(slots.numel()))
+        return cls(words, ordered)
 
 
 class _Piece(NamedTuple):
@@ -224,7 +227,8 @@ class _Waiting(threading.local):
     """Weights whose backward is to come, in the order in which they were scattered. Autograd runs
     it on the thread of its caller. None stays longer than its values.
 
-    room: what the last one lay in, since the system takes a millisecond to give as much again.
+    room: what the last one lay in, up to ``PIECE_BYTES`` more, since the system takes a millisecond
+    to give as much again.
     """
 
     def __init__(self) -> None:
@@ -240,7 +244,14 @@ def _room(values: Tensor, shape: tuple[int, ...]) -> Tensor:
     room, _waiting.room = _waiting.room, None
     if room is not None and room.shape == shape and room.dtype == values.dtype:
         return room
-    return values.new_empty(shape)
+    # It may be written to again outside of the inference mode that somebody is in.
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=values.dtype, device=values.device)
+
+
+def _leave(room: Tensor) -> None:
+    """For the next weight."""
+    _waiting.room = room if room.nbytes <= PIECE_BYTES else None
 
 
 def keep(weight: Tensor, values: Tensor, index: Index) -> None:
@@ -256,17 +267,18 @@ def keep(weight: Tensor, values: Tensor, index: Index) -> None:
         weights[values] = _Kept(weight, index, _versions(values, index))
 
 
-def take(values: Tensor, index: Index) -> Tensor | None:
-    """What was kept of these values at these places, if it is still there: for the caller alone."""
+def take(values: Tensor, index: Index, shape: tuple[int, ...]) -> Tensor | None:
+    """What was kept of these values at these places, if it is still there, in this shape: for the
+    caller alone."""
     kept = _waiting.weights.pop(values, None)
-    if kept is None or kept.versions != _versions(values, index):
+    if kept is None or kept.versions != _versions(values, index) or kept.weight.shape != shape:
         return None
     same = all(a is b for a, b in zip(kept.places, index, strict=True))
     return kept.weight if same else None
 
 
 def _versions(values: Tensor, index: Index) -> list[int]:
-    return [0 if t.is_inference() else t._version for t in (values, *index)]
+    return [version(t) for t in (values, *index)]
 
 
 def _share(

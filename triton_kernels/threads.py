@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any
 
-# A process that was forked cannot use the threads of its parent's OpenMP.
+# A process that was forked does not have the threads of its parent's OpenMP, which waits for them.
 _forked = False
 
 

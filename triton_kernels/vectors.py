@@ -24,6 +24,8 @@ class Loop:
     def data(self, at: int) -> Any:
         """Address of the first element of an array argument."""
         kind = self.signature.args[at]
+        if kind.layout != "C":
+            raise TypeError(f"a kernel reads memory as it lies, and not {kind}")
         return self.context.make_array(kind)(self.context, self.builder, self.args[at]).data
 
     def run(
@@ -92,11 +94,16 @@ class Loop:
     def fused(self, a: Any, b: Any, c: Any) -> Any:
         """a * b + c."""
         letter = "f32" if isinstance(a.type.element, ir.FloatType) else "f64"
-        name, module = f"llvm.fma.v{WIDTH}{letter}", self.builder.module
+        return self.call(f"llvm.fma.v{WIDTH}{letter}", a.type, [a, b, c])
+
+    def call(self, name: str, result: Any, values: list[Any]) -> Any:
+        """An intrinsic function of LLVM."""
+        module = self.builder.module
         declared = module.globals.get(name)
         if declared is None:
-            declared = ir.Function(module, ir.FunctionType(a.type, [a.type] * 3), name=name)
-        return self.builder.call(declared, [a, b, c])
+            kind = ir.FunctionType(result, [value.type for value in values])
+            declared = ir.Function(module, kind, name=name)
+        return self.builder.call(declared, values)
 
     def totals(self, values: list[Any]) -> Any:
         """The sums of the numbers of each of some vectors, two to the power of something, as one

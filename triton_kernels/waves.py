@@ -104,14 +104,15 @@ class _State(NamedTuple):
 
     @classmethod
     def of(cls, tensors: tuple[Tensor, ...]) -> _State:
-        return cls([weakref.ref(t) for t in tensors], [_version(t) for t in tensors])
+        return cls([weakref.ref(t) for t in tensors], [version(t) for t in tensors])
 
     def same(self, tensors: tuple[Tensor, ...]) -> bool:
         known = (ref() is t for ref, t in zip(self.tensors, tensors, strict=True))
-        return all(known) and self.versions == [_version(t) for t in tensors]
+        return all(known) and self.versions == [version(t) for t in tensors]
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """How often it was written to."""
     return 0 if tensor.is_inference() else tensor._version
 
 
