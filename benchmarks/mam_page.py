@@ -160,8 +160,8 @@ def kept_table(network: str, by_neuron: dict[str, list[Run]]) -> str:
     magnitude = min(least_kept(mac["magnitude", scope]) for scope in ("local", "global"))
     rows += [
         "",
-        f"The best of MAM keeps 1/{magnitude / best['MAM']:.3g} of what the sum needs by magnitude "
-        f"({100 * magnitude:g} %), and 1/{best['sum'] / best['MAM']:.3g} of what it needs by its "
+        f"The best of MAM keeps 1/{magnitude / best['MAM']:.0f} of what the sum needs by magnitude "
+        f"({100 * magnitude:g} %), and 1/{best['sum'] / best['MAM']:.0f} of what it needs by its "
         f"own best score ({100 * best['sum']:g} %).",
     ]
     return "\n".join(rows)

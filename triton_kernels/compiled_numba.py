@@ -23,6 +23,14 @@ import numba
 from numba.core.caching import FunctionCache
 from numba.core.serialize import dumps
 
+_config: Any = numba.config
+_DIGEST = hashlib.sha256().digest_size
+# Of numba, by which the same function becomes other code.
+_SETTINGS = (
+    *("BOUNDSCHECK", "OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "DEBUGINFO_DEFAULT"),
+    *("DISABLE_INTEL_SVML", "FULL_TRACEBACKS"),
+)
+
 
 def jit_is_off() -> bool:
     """By ``NUMBA_DISABLE_JIT``, which runs kernels in Python to look into them."""
@@ -45,15 +53,6 @@ def compiled(*parameters: Hashable) -> Callable[[Callable[..., Any]], Any]:
         return kernel
 
     return decorate
-
-
-_config: Any = numba.config
-_DIGEST = hashlib.sha256().digest_size
-# Of numba, by which the same function becomes other code.
-_SETTINGS = (
-    *("BOUNDSCHECK", "OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "DEBUGINFO_DEFAULT"),
-    *("DISABLE_INTEL_SVML", "FULL_TRACEBACKS"),
-)
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
