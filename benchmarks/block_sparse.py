@@ -314,7 +314,7 @@ def _plot(rows: list[dict[str, str]]) -> None:
     )
     for ax, (name, batch) in zip(axes.flat, layers, strict=False):
         own = [r for r in steps if (r["layer"], int(r["batch"])) == (name, batch)]
-        for block in sorted({int(row["block"]) for row in own}):
+        for block in sorted({int(row["block"]) for row in own} & COLOURS.keys()):
             ms = {
                 (row["way"], float(row["density"])): float(row["ms"])
                 for row in own
@@ -323,7 +323,7 @@ def _plot(rows: list[dict[str, str]]) -> None:
             densities = sorted({d for _, d in ms})
             ratios = [ms["dense", d] / ms["ours", d] for d in densities]
             label = f"block {block}" if block > 1 else "single weights"
-            ax.plot(densities, ratios, marker="o", ms=3, label=label, color=COLOURS.get(block))
+            ax.plot(densities, ratios, marker="o", ms=3, label=label, color=COLOURS[block])
         ax.plot(densities, [1 / d for d in densities], color="0.7", ls=":", label="1 / density")
         ax.axhline(1, color="0.5", lw=0.8)
         ax.set(xscale="log", yscale="log", title=f"{name}, batch {batch}")
