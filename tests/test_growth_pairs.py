@@ -435,8 +435,7 @@ print(peak() - before)
         ("float32", 1, "products", 100),
         ("float64", 1, "products", 200),
         ("float16", 2, "products", 150),
-        # 122 to 151, as the allocator has it.
-        ("float32", 1, "all else", 180),
+        ("float32", 1, "all else", 150),
     ],
 )
 def test_memory_of_the_largest_layer_of_wrn_28_5(
@@ -446,7 +445,9 @@ def test_memory_of_the_largest_layer_of_wrn_28_5(
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, dtype, str(dilation), what],
         cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # What is freed goes back to the system at once: the peak is what is held, not what the
+        # allocator happens to keep (107 MB in place of 122 to 151 of "all else").
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
         check=False,
