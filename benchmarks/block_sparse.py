@@ -7,7 +7,8 @@
 ``ours`` never forms the weight; ``scattered`` is the other way that a layer may take; ``dense`` is
 ``nn.Linear`` or ``nn.Conv2d``; ``bsr`` PyTorch's block-sparse format, which has a forward product
 alone. ``forward``: without gradients. ``step``: forward, both gradients and SGD. Medians of calls
-in turns, and half the distance between their quartiles -> results/block_sparse.csv.
+in turns, and half the distance between their quartiles -> results/block_sparse.csv. What is
+measured while others have the processors is measured again.
 
 ``auto``: which way it would take in these rows, by what ``python -m triton_kernels.calibrate`` last
 measured here, and at what cost. ``page``: the table and the plot of docs/products.md.
@@ -22,6 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import record
 import torch
 from pages import replaced
+from quiet import undisturbed
 from torch import Tensor, nn
 
 from dst.layers import SparseConv2d, SparseLayer, SparseLinear
@@ -150,7 +153,11 @@ def measure(
             if not case.size and block >= 16:
                 calls["forward"]["bsr"] = _bsr(ours, x)
             for what, functions in calls.items():
-                for name, times in in_turns(functions, how["device"]).items():
+                times_of = undisturbed(partial(in_turns, functions, how["device"]))
+                if times_of is None:
+                    print("disturbed each time, no rows:", case.name, batch, block, density, what)
+                    continue
+                for name, times in times_of.items():
                     low, middle, high = statistics.quantiles(times, n=4)
                     shape = ours.cost(*ours._rows(x))
                     yield {
