@@ -151,12 +151,18 @@ def _sums(rows: int, vectors: int) -> Any:
 
                 return loop.run(ir.Constant(INDEX, 0), inside, values, add)
 
+            targets = []
+            for row in own:
+                to = builder.mul(builder.sub(row, first_row), stride)
+                targets.append(builder.gep(out_, [builder.add(to, at)]))
+            # A line that is written is fetched first, which takes as long as some blocks.
+            for target in targets:
+                for place in loop.places(target, vectors):
+                    loop.prefetch(place, write=True)
             begin = loop.vectors(builder.gep(bias_, [column]), vectors)
             result = loop.run(first, last, begin * rows, block)
-            for i, row in enumerate(own):
-                to = builder.mul(builder.sub(row, first_row), stride)
-                to = builder.gep(out_, [builder.add(to, at)])
-                loop.store(result[i * vectors : (i + 1) * vectors], to)
+            for i, target in enumerate(targets):
+                loop.store(result[i * vectors : (i + 1) * vectors], target)
             return context.get_dummy_value()
 
         result = types.void(x, weights, transposed, index, slots, bias, out, where)

@@ -81,14 +81,15 @@ class Loop:
     def places(self, address: Any, count: int) -> list[Any]:
         return [self.builder.gep(address, [ir.Constant(INDEX, WIDTH * i)]) for i in range(count)]
 
-    def prefetch(self, address: Any) -> None:
-        """Brings the line of the cache around an address that is read soon. May lie anywhere."""
+    def prefetch(self, address: Any, write: bool = False) -> None:
+        """Brings the line of the cache around an address that is read, or written, soon. May lie
+        anywhere."""
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
         hint = self.builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        # To read, in all caches, of data.
+        # In all caches, of data.
         self.builder.call(
-            hint, [self.builder.bitcast(address, byte), number(0), number(3), number(1)]
+            hint, [self.builder.bitcast(address, byte), number(int(write)), number(3), number(1)]
         )
 
     def fused(self, a: Any, b: Any, c: Any) -> Any:
