@@ -42,7 +42,7 @@ def _check(block: tuple[int, int], n_out: int, n_in: int, batch: int, alive: str
 
 
 @pytest.mark.parametrize("alive", ["none", "one", "some", "all"])
-@pytest.mark.parametrize("block", [(64, 32), (48, 16), (128, 64)])
+@pytest.mark.parametrize("block", [(64, 32), (48, 16), (16, 80), (128, 64)])
 def test_shapes_that_fit_nothing(block: tuple[int, int], alive: str) -> None:
     """Edge blocks both ways, on either side of the middle of a panel, and batches that end inside
     of a tile or a piece. Around x and dy lies NaN."""
@@ -80,20 +80,23 @@ def test_tiles_divide_blocks(
         assert width % (16 * vectors) == 0 and width % (16 * inputs) == 0
 
 
-def test_nothing_is_written_beside_the_result() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_nothing_is_written_beside_the_result(packed: bool) -> None:
     n_out, n_in, batch, block = 70, 37, 9, (32, 32)
     case = Case(topology_of(Grid.of(n_out, n_in, 1, block), "all"), torch.float32)
     layout, values = case.topology.layout, case.values.detach()
     numbers, out = _within(batch, n_out)
     x = torch.randn(batch, n_in)
     offsets, index, slots = (t.long().numpy() for t in layout[:3])
-    tile = registers.product_tile(32, 4)
-    rooms = np.empty((1, 16 * tile[0] * tile[1] + 2 * 32 * 32), np.float32)
-    blocks_numba.product(*tile)(
+    tile = (16, 1) if packed else registers.product_tile(32, 4)
+    size = 16 * tile[0] * tile[1] + packed * blocks_numba.ROWS * n_in + 2 * 32 * 32
+    rooms = np.full((2, size), np.nan, np.float32)
+    blocks_numba.product(*tile, packed)(
         *(x.view(-1).numpy(), values.view(-1).numpy(), True, offsets, index, slots),
         *(np.zeros(96, np.float32), out.view(-1).numpy(), rooms, np.array([0, 3])),
         *((batch, n_in, n_out, 32, 32), 0, 1),
     )
+    assert np.isnan(rooms[1]).all()
     torch.testing.assert_close(out.double(), x.double() @ case.weight.T, rtol=1e-4, atol=1e-4)
     assert numbers[:100].isnan().all() and numbers[-100:].isnan().all()
 
@@ -119,6 +122,36 @@ def test_the_result_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(
         found[0][0].double(), x.double() @ case.weight.T, rtol=1e-4, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_narrow_blocks_of_many_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is copied of them is copied in pieces; more threads than those that share it go without
+    a copy. Both are exact, or as exact as sums of so many numbers are."""
+    torch.manual_seed(0)
+    case = Case(topology_of(Grid.of(150, 90, 1, (32, 16)), "some"), dtype)
+    layout, values, weight = case.topology.layout, case.values.detach(), case.weight
+    x, dy = torch.randn(333, 90, dtype=dtype), torch.randn(333, 150, dtype=dtype)
+    monkeypatch.setattr(blocks_tiles, "_SHARED", 1)
+    found, threads = [], torch.get_num_threads()
+    for piece, number in ((1 << 20, 1), (100 * 4 * 90, 2), (1, 40)):
+        monkeypatch.setattr(blocks_tiles, "PIECE_BYTES", piece)
+        try:
+            torch.set_num_threads(number)
+            dx = blocks_tiles.input_gradient(dy, values, *layout[3:6], 90)
+            gradient = blocks_tiles.weight_gradient(x, dy, *layout[:3], len(values), (32, 16))
+        finally:
+            torch.set_num_threads(threads)
+        found.append((dx, gradient))
+    for other in found[1:]:
+        assert torch.equal(found[0][0], other[0])
+        torch.testing.assert_close(found[0][1], other[1])
+    close = (
+        {"rtol": 1e-2, "atol": 1e-1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    )
+    torch.testing.assert_close(found[0][0].double(), dy.double() @ weight.double(), **close)
+    expected = gather((dy.double().T @ x.double())[:, None], *layout[:3], len(values), (32, 16))
+    torch.testing.assert_close(found[0][1].double(), expected, **close)
 
 
 def test_activations_that_lie_anyhow() -> None:

@@ -11,19 +11,18 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from triton_kernels.compiled_numba import compiled
-from triton_kernels.transpose_numba import turn
-from triton_kernels.vectors import INDEX, WIDTH, Loop, zero
+from triton_kernels.transpose_numba import to_features, turn
+from triton_kernels.vectors import INDEX, WIDTH, Loop
 
 # Rows of the batch that are multiplied at a time, so that what they read stays in a core's cache:
 # more would be slower for small blocks, fewer would read the weight more often.
-ROWS, GRADIENT_ROWS = 128, 64
+ROWS = 128
 
 
 # Not as a checker sees it, with the argument that numba adds.
@@ -31,7 +30,7 @@ _turn: Any = turn
 
 
 @cache
-def product(rows: int, vectors: int) -> Callable[..., None]:
+def product(rows: int, vectors: int, packed: bool = False) -> Callable[..., None]:
     """product(x, weights, transposed, offsets, index, slots, bias, out, rooms, cuts, shape, first,
     last): out = bias + x M, where M is given by its blocks of (depth, width). Those of its r-th
     ``width`` columns are ``weights[slots[k]]``, or their transposes, at its index[k]-th ``depth``
@@ -41,24 +40,32 @@ def product(rows: int, vectors: int) -> Callable[..., None]:
     n_out), all flat; offsets, index, slots, cuts: int64; shape: (batch, n, n_out, depth, width).
     The work lies in pieces, the u-th of them column u % columns at the (u // columns)-th ``ROWS``
     rows; those in [cuts[first], cuts[last]) are done. rooms: (shares, numbers), where each has room
-    for a tile of (rows, 16 * vectors), and for all blocks of a column if they are transposed.
-    Without the interpreter's lock. Nothing is checked.
+    for a tile of (rows, 16 * vectors); for ``ROWS`` rows of x if these are ``packed`` first, which
+    takes tiles of 16 rows; and for all blocks of a column if they are transposed. Without the
+    interpreter's lock. Nothing is checked.
     """
-    sums, panel = _sums(rows, vectors), WIDTH * vectors
+    sums, panel = _sums(rows, vectors, packed), WIDTH * vectors
 
-    @compiled(rows, vectors)
+    @compiled(rows, vectors, packed)
     def product(  # type: ignore[no-untyped-def]
         x, weights, transposed, offsets, index, slots, bias, out, rooms, cuts, shape, first, last
     ):
         batch, n, n_out, depth, width = shape
         columns, size = len(offsets) - 1, depth * width
         edge = rooms[first]
-        room = edge[rows * panel :]
+        tiles = edge[rows * panel :]
+        room = tiles[ROWS * n :] if packed else tiles
+        source, there = tiles if packed else x, -1
         blocks = room if transposed else weights
         for u in range(cuts[first], cuts[last]):
             part, r = u // columns, u % columns
             begin, end = part * ROWS, min(batch, (part + 1) * ROWS)
             start, stop = offsets[r], offsets[r + 1]
+            if packed and part != there:
+                for b in range(begin, end, WIDTH):
+                    tile = tiles[(b - begin) * n : (b - begin + WIDTH) * n]
+                    to_features(x.reshape(batch, n), b, 0, tile.reshape(n, WIDTH), n)
+                there = part
             if transposed:
                 for k in range(start, stop):
                     for i in range(0, width, WIDTH):
@@ -69,25 +76,94 @@ def product(rows: int, vectors: int) -> Callable[..., None]:
             for b in range(begin, end, rows):
                 for p in range(0, min(width, n_out - r * width), panel):
                     column = r * width + p
-                    inside = min(panel, n_out - column)
-                    # What reaches beyond the last column goes elsewhere first.
+                    inside, high = min(panel, n_out - column), min(rows, end - b)
+                    # What reaches beyond the last column goes elsewhere first; of packed rows,
+                    # what reaches beyond the last row as well.
                     target, stride, at, first_row = out, n_out, column, 0
-                    if inside < panel:
+                    elsewhere = inside < panel or (packed and high < rows)
+                    if elsewhere:
                         target, stride, at, first_row = edge, panel, 0, b
-                    ends = (start, stop, b, end - 1)
+                    last_row = b + rows - 1 if packed else end - 1
+                    tile_at = (b - begin) * n if packed else 0
+                    where = (column, first_row, stride, at, tile_at)
                     sums(
-                        *(x, blocks, transposed, index, slots, bias, target),
-                        (*ends, n, depth, width, p, column, first_row, stride, at),
+                        *(source, blocks, transposed, index, slots, bias, target),
+                        (start, stop, b, last_row, n, depth, width, p, *where),
                     )
-                    if inside < panel:
-                        for i in range(min(rows, end - b)):
+                    if elsewhere:
+                        for i in range(high):
                             for j in range(inside):
                                 out[(b + i) * n_out + column + j] = edge[i * panel + j]
 
     return product  # type: ignore[no-any-return]
 
 
-def _sums(rows: int, vectors: int) -> Any:
+class _Rows:
+    """The numbers of some rows of x: (batch, n), where they lie."""
+
+    def __init__(self, loop: Loop, x: Any, own: list[Any], n: Any) -> None:
+        self.loop, self.n = loop, n
+        self.lines = [loop.builder.gep(x, [loop.builder.mul(row, n)]) for row in own]
+
+    def prefetch(self, start: Any, depth: Any, below: Any) -> None:
+        """Columns [start, start + depth) of these rows or, if ``below``, of as many behind them."""
+        builder = self.loop.builder
+        next_ = builder.mul(self.n, ir.Constant(INDEX, len(self.lines)))
+        start = builder.add(builder.select(below, next_, ir.Constant(INDEX, 0)), start)
+
+        def line(i: Any, values: list[Any]) -> list[Any]:
+            for line in self.lines:
+                self.loop.prefetch(builder.gep(line, [builder.add(start, i)]))
+            return values
+
+        self.loop.run(ir.Constant(INDEX, 0), depth, [], line, WIDTH)
+
+    def run(self, start: Any, count: Any, carried: list[Any], body: Callable[..., Any]) -> Any:
+        """body(i, the numbers of column start + i, values) -> values, for i below count."""
+        builder = self.loop.builder
+        rows = [builder.gep(line, [start]) for line in self.lines]
+
+        def column(i: Any, values: list[Any]) -> Any:
+            return body(i, [builder.load(builder.gep(row, [i])) for row in rows], values)
+
+        return self.loop.run(ir.Constant(INDEX, 0), count, carried, column)
+
+
+class _Tile:
+    """The same of a tile that was packed, (n, rows): a single address says where they all are,
+    from which a processor multiplies without another instruction."""
+
+    def __init__(self, loop: Loop, x: Any, n: Any, rows: int) -> None:
+        self.loop, self.x, self.n, self.rows = loop, x, n, rows
+
+    def _column(self, at: Any) -> Any:
+        builder = self.loop.builder
+        return builder.gep(self.x, [builder.mul(at, ir.Constant(INDEX, self.rows))])
+
+    def prefetch(self, start: Any, depth: Any, below: Any) -> None:
+        builder, size = self.loop.builder, ir.Constant(INDEX, self.rows)
+        start = builder.add(builder.select(below, self.n, ir.Constant(INDEX, 0)), start)
+        first = self._column(start)
+
+        def line(i: Any, values: list[Any]) -> list[Any]:
+            self.loop.prefetch(builder.gep(first, [i]))
+            return values
+
+        self.loop.run(ir.Constant(INDEX, 0), builder.mul(depth, size), [], line, WIDTH)
+
+    def run(self, start: Any, count: Any, carried: list[Any], body: Callable[..., Any]) -> Any:
+        builder = self.loop.builder
+        first = self._column(start)
+
+        def column(i: Any, values: list[Any]) -> Any:
+            at = builder.gep(first, [builder.mul(i, ir.Constant(INDEX, self.rows))])
+            own = [builder.gep(at, [ir.Constant(INDEX, j)]) for j in range(self.rows)]
+            return body(i, [builder.load(number) for number in own], values)
+
+        return self.loop.run(ir.Constant(INDEX, 0), count, carried, column)
+
+
+def _sums(rows: int, vectors: int, packed: bool) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def sums(
         typing: Any,
@@ -105,7 +181,7 @@ def _sums(rows: int, vectors: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             loop = Loop(context, builder, signature, args)
             x_, weights_, index_, slots_, bias_, out_ = (loop.data(i) for i in (0, 1, 3, 4, 5, 6))
-            first, last, b, end, n, depth, width, p, column, first_row, stride, at = (
+            (first, last, b, end, n, depth, width, p, column, first_row, stride, at, tile) = (
                 cgutils.unpack_tuple(builder, args[7])
             )
             size = builder.mul(depth, width)
@@ -114,25 +190,19 @@ def _sums(rows: int, vectors: int) -> Any:
             for i in range(rows):
                 row = builder.add(b, ir.Constant(INDEX, i))
                 own.append(builder.select(builder.icmp_signed("<", row, end), row, end))
-            lines = [builder.gep(x_, [builder.mul(row, n)]) for row in own]
+            numbers = (
+                _Tile(loop, builder.gep(x_, [tile]), n, rows) if packed else _Rows(loop, x_, own, n)
+            )
 
             def prefetch(k: Any) -> None:
                 """What is read after block k: in the same rows or, behind the last one, in the
                 rows of the next tile."""
                 following = builder.add(k, ir.Constant(INDEX, 1))
-                more = builder.icmp_signed("<", following, last)
-                strip = builder.load(builder.gep(index_, [builder.select(more, following, first)]))
-                below = builder.select(
-                    more, ir.Constant(INDEX, 0), builder.mul(n, ir.Constant(INDEX, rows))
+                behind = builder.icmp_signed(">=", following, last)
+                next_ = builder.load(
+                    builder.gep(index_, [builder.select(behind, first, following)])
                 )
-                start = builder.add(below, builder.mul(strip, depth))
-
-                def line(i: Any, values: list[Any]) -> list[Any]:
-                    for line in lines:
-                        loop.prefetch(builder.gep(line, [builder.add(start, i)]))
-                    return values
-
-                loop.run(ir.Constant(INDEX, 0), depth, [], line, WIDTH)
+                numbers.prefetch(builder.mul(next_, depth), depth, behind)
 
             def block(k: Any, values: list[Any]) -> list[Any]:
                 start = builder.mul(builder.load(builder.gep(index_, [k])), depth)
@@ -141,15 +211,13 @@ def _sums(rows: int, vectors: int) -> Any:
                 slot = builder.load(builder.gep(slots_, [k]))
                 slot = builder.select(args[2], builder.sub(k, first), slot)
                 weight = builder.gep(weights_, [builder.add(builder.mul(slot, size), p)])
-                strips = [builder.gep(line, [start]) for line in lines]
                 prefetch(k)
 
-                def add(i: Any, values: list[Any]) -> list[Any]:
+                def add(i: Any, column: list[Any], values: list[Any]) -> list[Any]:
                     row = loop.vectors(builder.gep(weight, [builder.mul(i, width)]), vectors)
-                    numbers = [loop.spread(builder.load(builder.gep(s, [i]))) for s in strips]
-                    return loop.outer(numbers, row, values)
+                    return loop.outer([loop.spread(number) for number in column], row, values)
 
-                return loop.run(ir.Constant(INDEX, 0), inside, values, add)
+                return numbers.run(start, inside, values, add)
 
             targets = []
             for row in own:
@@ -169,117 +237,3 @@ def _sums(rows: int, vectors: int) -> Any:
         return result, generate
 
     return sums
-
-
-@cache
-def gradient(rows: int, vectors: int) -> Callable[..., None]:
-    """gradient(x, dy, major, minor, slots, grad, rooms, cuts, shape, first, last): grad[slots[k]] =
-    strip major[k] of dy, transposed, times strip minor[k] of x, for k in [cuts[first], cuts[last]).
-
-    x: (batch, n_in), dy: (batch, n_out), grad: (capacity, bh, bw), all flat; major, minor, slots,
-    cuts: int64; shape: (batch, n_in, n_out, bh, bw). Zero in what reaches beyond x and dy. Tiles of
-    (rows, 16 * vectors). rooms: (shares, ``GRADIENT_ROWS`` * (bh + 16 * vectors)). Without the
-    interpreter's lock. Nothing is checked.
-    """
-    outer, panel = _outer(rows, vectors), WIDTH * vectors
-
-    @compiled(rows, vectors)
-    def gradient(  # type: ignore[no-untyped-def]
-        x, dy, major, minor, slots, grad, rooms, cuts, shape, first, last
-    ):
-        batch, n_in, n_out, bh, bw = shape
-        # Not constants, for each of which numba would compile its own ``_pack``.
-        left, width = np.int64(0), np.int64(panel)
-        room, right = rooms[first], left + GRADIENT_ROWS * bh
-        start, end = cuts[first], cuts[last]
-        while start < end:
-            r, stop = major[start], start
-            while stop < end and major[stop] == r:
-                stop += 1
-            for b in range(0, batch, GRADIENT_ROWS):
-                count = min(GRADIENT_ROWS, batch - b)
-                _pack(dy, n_out, b, count, r * bh, bh, room, left)
-                for k in range(start, stop):
-                    for p in range(0, bw, panel):
-                        _pack(x, n_in, b, count, minor[k] * bw + p, width, room, right)
-                        # What is packed next, a vector of every row with each of the tiles.
-                        if p + panel < bw:
-                            following = b * n_in + minor[k] * bw + p + panel
-                        else:
-                            following = b * n_in + minor[min(k + 1, stop - 1)] * bw
-                        for q in range(0, bh, rows):
-                            strip = left + q // WIDTH * WIDTH * count + q % WIDTH
-                            at = (slots[k] * bh + q) * bw + p
-                            ahead = following + q // rows % vectors * WIDTH
-                            outer(x, room, grad, (strip, right, at, count, bw, b, ahead, n_in))
-            start = stop
-
-    return gradient  # type: ignore[no-any-return]
-
-
-def _moved(typing: Any, source: Any, start: Any, target: Any, to: Any) -> Any:
-    """One vector."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        loop = Loop(context, builder, signature, args)
-        vector = loop.vectors(builder.gep(loop.data(0), [args[1]]), 1)
-        loop.store(vector, builder.gep(loop.data(2), [args[3]]))
-        return context.get_dummy_value()
-
-    return types.void(source, start, target, to), generate
-
-
-_move: Any = intrinsic(_moved)
-
-
-@njit(nogil=True)
-def _pack(x, n, first, count, column, width, out, to):  # type: ignore[no-untyped-def]
-    """x: (batch, n) at [first : first + count, column : column + width], zero beyond its columns
-    -> (width / 16, count, 16) from out[to] on, all flat."""
-    for i in range(count):
-        at = (first + i) * n + column
-        for j in range(0, width, WIDTH):
-            place = to + j * count + WIDTH * i
-            if column + j + WIDTH <= n:
-                _move(x, at + j, out, place)
-            else:
-                for v in range(WIDTH):
-                    out[place + v] = x[at + j + v] if column + j + v < n else 0
-
-
-def _outer(rows: int, vectors: int) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
-    def outer(typing: Any, x: Any, room: Any, grad: Any, where: Any) -> Any:
-        """A tile of (rows, 16 * vectors) of ``gradient``: the sum over packed rows of the outer
-        products of those of dy and x; added to what is there, unless they are the first."""
-
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            loop = Loop(context, builder, signature, args)
-            left, right, at, count, stride, after, ahead, n = cgutils.unpack_tuple(builder, args[3])
-            left, right = (builder.gep(loop.data(1), [start]) for start in (left, right))
-            first = builder.gep(loop.data(2), [at])
-            next_ = builder.gep(loop.data(0), [ahead])
-            steps = [builder.mul(stride, ir.Constant(INDEX, i)) for i in range(rows)]
-            places = [builder.gep(first, [step]) for step in steps]
-            sizes = [builder.mul(count, ir.Constant(INDEX, WIDTH * v)) for v in range(vectors)]
-            panels = [builder.gep(right, [size]) for size in sizes]
-
-            def add(k: Any, values: list[Any]) -> list[Any]:
-                at = builder.mul(k, ir.Constant(INDEX, WIDTH))
-                loop.prefetch(builder.gep(next_, [builder.mul(k, n)]))
-                row = [loop.vectors(builder.gep(panel, [at]), 1)[0] for panel in panels]
-                own = [builder.add(at, ir.Constant(INDEX, i)) for i in range(rows)]
-                numbers = [loop.spread(builder.load(builder.gep(left, [i]))) for i in own]
-                return loop.outer(numbers, row, values)
-
-            there = [vector for place in places for vector in loop.vectors(place, vectors)]
-            add_to = builder.icmp_signed("!=", after, ir.Constant(INDEX, 0))
-            begin = [builder.select(add_to, vector, zero(first)) for vector in there]
-            result = loop.run(ir.Constant(INDEX, 0), count, begin, add)
-            for i, place in enumerate(places):
-                loop.store(result[i * vectors : (i + 1) * vectors], place)
-            return context.get_dummy_value()
-
-        return types.void(x, room, grad, where), generate
-
-    return outer

@@ -1,6 +1,6 @@
-"""Block-sparse linear products on the CPU that keep no copy of activations: loops compiled by numba
-(see ``blocks_numba``) run through the alive blocks of a row of the weight while its outputs stay in
-registers.
+"""Block-sparse linear products on the CPU that copy little of the activations: loops compiled by
+numba (see ``blocks_numba``) run through the alive blocks of a row of the weight while its outputs
+stay in registers.
 
 Blocks whose sides are multiples of 16. Every sum is made by one thread in a fixed order, so that
 the result does not depend on how many there are.
@@ -28,6 +28,8 @@ _WIDE = {
 }
 # Fewer products than this are not worth a second thread.
 _SHARED = 1 << 22
+# More of the activations are not copied at a time.
+PIECE_BYTES = 8 << 20
 
 
 def available(x: Tensor, block: tuple[int, int]) -> bool:
@@ -75,10 +77,11 @@ def weight_gradient(
     block: tuple[int, int],
 ) -> Tensor:
     """dy^T x at the alive blocks alone: (capacity, bh, bw), free slots zero. What is multiplied is
-    copied some rows at a time, since rows far apart share their places in the cache."""
+    copied some rows at a time, since rows far apart share their places in the cache; for narrow
+    blocks, which would copy the same again and again, all of x, up to ``PIECE_BYTES``, at once."""
     # Not at the top: numba takes a second to import.
-    from triton_kernels.blocks_numba import GRADIENT_ROWS, gradient
-    from triton_kernels.registers import gradient_tile
+    from triton_kernels.blocks_gradient_numba import ROWS, gradient
+    from triton_kernels.registers import gradient_tile, narrow
 
     bh, bw = block
     blocks = blocks_of(row_offsets, cols, slots)
@@ -89,10 +92,14 @@ def weight_gradient(
     tile = gradient_tile(bw, grad.itemsize)
     alive = cols.numel()
     cuts = _shares(alive, alive * len(x) * bh * bw, torch.get_num_threads())
-    rooms = _rooms(grad, cuts, GRADIENT_ROWS * (bh + 16 * tile[1]))
-    shape = (len(x), x.shape[1], dy.shape[1], bh, bw)
-    tensors = (_numbers(x), _numbers(dy), *blocks, _numbers(grad))
-    _run(gradient(*tile), (*tensors, rooms, cuts, shape), cuts)
+    rooms = _rooms(grad, cuts, ROWS * (bh + 16 * tile[1]))
+    strips = narrow(bw, grad.itemsize)
+    kernel, done = gradient(*tile, strips), 0
+    for some, other in _pieces(x, dy) if strips else [(x, dy)]:
+        shape = (len(some), x.shape[1], dy.shape[1], bh, bw, done)
+        numbers = _strips(some, bw) if strips else _numbers(some)
+        _run(kernel, (numbers, _numbers(other), *blocks, _numbers(grad), rooms, cuts, shape), cuts)
+        done += len(some)
     return _cast(grad, x.dtype)
 
 
@@ -105,24 +112,47 @@ def _product(
     transposed: bool,
 ) -> Tensor:
     """(batch, k) times the blocks -> (batch, n)."""
-    from triton_kernels.blocks_numba import product
-    from triton_kernels.registers import product_tile
+    from triton_kernels.blocks_numba import ROWS, product
+    from triton_kernels.registers import narrow, product_tile
 
     depth, width = values.shape[:0:-1] if transposed else values.shape[1:]
     work = memory.get(order, ("work", depth, width), lambda: _Work(order, depth, width))
-    cuts = work.cuts(len(x), torch.get_num_threads())
     out = x.new_empty(len(x), n, dtype=_WIDE[x.dtype])
     start = out.new_zeros((len(work.offsets) - 1) * width)
     if bias is not None:
         start[:n] = bias
-    tile = product_tile(width, out.itemsize)
+    cuts = work.cuts(len(x), torch.get_num_threads())
+    # Each share packs what it reads, which does not pay where many of them read the same.
+    few = len(cuts) - 1 <= 4 * -(-len(x) // ROWS)
+    packed = narrow(width, out.itemsize) and len(x) >= 16 and few
+    tile = (16, 1) if packed else product_tile(width, out.itemsize)
     turned = work.longest * depth * width if transposed else 0
-    rooms = _rooms(out, cuts, 16 * tile[0] * tile[1] + turned)
+    rooms = _rooms(out, cuts, 16 * tile[0] * tile[1] + packed * ROWS * x.shape[1] + turned)
     shape = (len(x), x.shape[1], n, depth, width)
     index = (work.offsets, work.minor, work.slots)
     tensors = (_numbers(x), _numbers(values), transposed, *index, _numbers(start), _numbers(out))
-    _run(product(*tile), (*tensors, rooms, cuts, shape), cuts)
+    _run(product(*tile, packed), (*tensors, rooms, cuts, shape), cuts)
     return _cast(out, x.dtype)
+
+
+def _pieces(x: Tensor, dy: Tensor) -> list[tuple[Tensor, ...]]:
+    """Rows of both, of which no more than ``PIECE_BYTES`` of x are copied at a time."""
+    rows = max(64, PIECE_BYTES // (4 * x.shape[1]))
+    return [(x, dy)] if len(x) <= rows else list(zip(x.split(rows), dy.split(rows), strict=True))
+
+
+def _strips(x: Tensor, width: int) -> NDArray[Any]:
+    """x: (batch, n) -> (strips of 16 columns, batch, 16), flat: of whole blocks of ``width``
+    columns, zero beyond those of x."""
+    batch, n = x.shape
+    whole, left = divmod(n, 16)
+    out = x.new_empty(-(-n // width) * width // 16, batch, 16, dtype=_WIDE[x.dtype])
+    x = x.detach()
+    out[:whole] = x[:, : n - left].unflatten(1, (whole, 16)).transpose(0, 1)
+    out[whole:] = 0
+    if left:
+        out[whole, :, :left] = x[:, n - left :]
+    return out.view(-1).numpy()  # type: ignore[no-any-return]
 
 
 class _Work:

@@ -17,6 +17,12 @@ def product_tile(width: int, itemsize: int) -> tuple[int, int]:
     return min(8, room // vectors), vectors
 
 
+def narrow(width: int, itemsize: int) -> bool:
+    """Whether a tile is one vector wide though the registers hold 16: the numbers that it is
+    multiplied by are then read as they are multiplied, and had better lie together."""
+    return _accumulators(itemsize) >= 16 and product_tile(width, itemsize)[1] == 1
+
+
 def gradient_tile(width: int, itemsize: int) -> tuple[int, int]:
     """(outputs, vectors of inputs) of a tile, for blocks of ``width`` inputs."""
     room = _accumulators(itemsize)

@@ -92,6 +92,11 @@ class Loop:
             hint, [self.builder.bitcast(address, byte), number(int(write)), number(3), number(1)]
         )
 
+    def opaque(self, number: Any) -> Any:
+        """The same number or address, of which the compiler knows nothing."""
+        kind = ir.FunctionType(number.type, [number.type])
+        return self.builder.call(ir.InlineAsm(kind, "", "=r,0"), [number])
+
     def fused(self, a: Any, b: Any, c: Any) -> Any:
         """a * b + c."""
         letter = "f32" if isinstance(a.type.element, ir.FloatType) else "f64"
