@@ -96,7 +96,7 @@ class Sweep(NamedTuple):
 GROUPS = {
     "square": Sweep((256,)),
     "batches": Sweep((64, 1024, 4096), (1, 32, 128), (0.5, 0.1, 0.05, 0.01)),
-    "large": Sweep((128,), (1, 32, 128), (0.1, 0.01)),
+    "large": Sweep((128,), (1, 32, 128), (0.1, 0.05, 0.02, 0.01)),
     "alexnet": Sweep((128,)),
     "vit": Sweep((197 * 4,)),
     "wrn": Sweep((32,)),
