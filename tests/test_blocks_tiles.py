@@ -180,7 +180,7 @@ def test_work_for_many_batches_is_not_all_kept() -> None:
         blocks_tiles.forward(torch.randn(batch, 32), case.values.detach(), *index, 32)
     _, kept = waves.memory._known[index[0]]
     (work,) = (one for key, one in kept.items() if key[0] == "work")
-    assert work.cuts.cache_info().currsize <= 8
+    assert work.plan.cache_info().currsize <= 8
 
 
 def test_which_blocks_they_serve(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Machine code that is kept for the next process."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,34 @@ def test_parameters_tell_functions_apart(folder: Path) -> None:
     assert hits(adds(3)) == 0
     again = adds(3)
     assert again(4) == 7 and hits(again) == 1
+
+
+def test_code_of_another_process_takes_no_name_that_is_in_use(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numba numbers functions in the order in which a process comes by them: two of one name and
+    of different parameters may have the same number, where one is compiled and one is found."""
+    from numba.core.bytecode import FunctionIdentity
+
+    def number_from(start: int) -> None:
+        monkeypatch.setattr(FunctionIdentity, "_unique_ids", itertools.count(start))
+
+    number_from(10**6)
+    assert adds(3)(4) == 7
+    number_from(10**6)
+    compiled_here, found = adds(5), adds(3)
+    assert (compiled_here(4), found(4), hits(found)) == (9, 7, 1)
+    names = [_code(kernel).fndesc.llvm_func_name for kernel in (compiled_here, found)]
+    addresses = [
+        _code(kernel).library.get_pointer_to_function(name)
+        for kernel, name in zip((compiled_here, found), names, strict=True)
+    ]
+    assert len(set(names)) == 2 and len(set(addresses)) == 2
+
+
+def _code(kernel: Any) -> Any:
+    (code,) = kernel.overloads.values()
+    return code
 
 
 def test_other_sources_are_compiled_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, lru_cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -85,21 +85,19 @@ def weight_gradient(
 
     bh, bw = block
     blocks = blocks_of(row_offsets, cols, slots)
+    batch, alive = x.shape[0], blocks.slots.size
     # Every alive block is written whole; only free slots need zeros.
-    whole = capacity == cols.numel() and len(x) > 0
-    make = x.new_empty if whole else x.new_zeros
+    make = x.new_empty if capacity == alive and batch else x.new_zeros
     grad = make(capacity, bh, bw, dtype=_WIDE[x.dtype])
-    tile = gradient_tile(bw, grad.itemsize)
-    alive = cols.numel()
-    cuts = _shares(alive, alive * len(x) * bh * bw, torch.get_num_threads())
+    tile, strips = gradient_tile(bw, grad.itemsize), narrow(bw, grad.itemsize)
+    cuts = _shares(alive, alive * batch * bh * bw, torch.get_num_threads())
     rooms = _rooms(grad, cuts, ROWS * (bh + 16 * tile[1]))
-    strips = narrow(bw, grad.itemsize)
-    kernel, done = gradient(*tile, strips), 0
+    kernel, numbers, done = gradient(*tile, strips), _numbers(grad), 0
     for some, other in _pieces(x, dy) if strips else [(x, dy)]:
-        shape = (len(some), x.shape[1], dy.shape[1], bh, bw, done)
-        numbers = _strips(some, bw) if strips else _numbers(some)
-        _run(kernel, (numbers, _numbers(other), *blocks, _numbers(grad), rooms, cuts, shape), cuts)
-        done += len(some)
+        given = (_strips(some, bw) if strips else _numbers(some), _numbers(other))
+        shape = (some.shape[0], x.shape[1], dy.shape[1], bh, bw, done)
+        _run(kernel, (*given, *blocks, numbers, rooms, cuts, shape), cuts)
+        done += some.shape[0]
     return _cast(grad, x.dtype)
 
 
@@ -112,26 +110,20 @@ def _product(
     transposed: bool,
 ) -> Tensor:
     """(batch, k) times the blocks -> (batch, n)."""
-    from triton_kernels.blocks_numba import ROWS, product
-    from triton_kernels.registers import narrow, product_tile
-
     depth, width = values.shape[:0:-1] if transposed else values.shape[1:]
-    work = memory.get(order, ("work", depth, width), lambda: _Work(order, depth, width))
-    out = x.new_empty(len(x), n, dtype=_WIDE[x.dtype])
-    start = out.new_zeros((len(work.offsets) - 1) * width)
+    batch, k = x.shape
+    out = x.new_empty(batch, n, dtype=_WIDE[x.dtype])
+    key = ("work", depth, width, out.itemsize)
+    work = memory.get(order, key, lambda: _Work(order, depth, width, out.itemsize))
+    plan = work.plan(batch, torch.get_num_threads())
+    rooms = _rooms(out, plan.cuts, plan.room(k) + transposed * work.longest * depth * width)
+    start = work.start
     if bias is not None:
-        start[:n] = bias
-    cuts = work.cuts(len(x), torch.get_num_threads())
-    # Each share packs what it reads, which does not pay where many of them read the same.
-    few = len(cuts) - 1 <= 4 * -(-len(x) // ROWS)
-    packed = narrow(width, out.itemsize) and len(x) >= 16 and few
-    tile = (16, 1) if packed else product_tile(width, out.itemsize)
-    turned = work.longest * depth * width if transposed else 0
-    rooms = _rooms(out, cuts, 16 * tile[0] * tile[1] + packed * ROWS * x.shape[1] + turned)
-    shape = (len(x), x.shape[1], n, depth, width)
+        start = start.copy()
+        start[:n] = _numbers(bias)
     index = (work.offsets, work.minor, work.slots)
-    tensors = (_numbers(x), _numbers(values), transposed, *index, _numbers(start), _numbers(out))
-    _run(product(*tile, packed), (*tensors, rooms, cuts, shape), cuts)
+    tensors = (_numbers(x), _numbers(values), transposed, *index, start, _numbers(out))
+    _run(plan.kernel, (*tensors, rooms, plan.cuts, (batch, k, n, depth, width)), plan.cuts)
     return _cast(out, x.dtype)
 
 
@@ -155,31 +147,58 @@ def _strips(x: Tensor, width: int) -> NDArray[Any]:
     return out.view(-1).numpy()  # type: ignore[no-any-return]
 
 
+class _Plan(NamedTuple):
+    """How a product is shared, and by what kernel it is computed in tiles of (rows, 16 * vectors).
+
+    cuts: the shares in the work, as ``blocks_numba.product`` takes them; packed: see there.
+    """
+
+    cuts: Index
+    kernel: Callable[..., None]
+    tile: tuple[int, int]
+    packed: int
+
+    def room(self, n: int) -> int:
+        """Numbers that each share needs room for, of n columns, less the weights that it turns."""
+        return 16 * self.tile[0] * self.tile[1] + self.packed * n
+
+
 class _Work:
     """An order of the blocks as ``product`` takes it.
 
-    longest: the most blocks of a row (or column); cuts: the shares of so many threads in the work
-    for a batch, of which those of the last few batches are kept.
+    longest: the most blocks of a row (or column); start: a bias of nothing; plan: for a batch and
+    so many threads, of which those of the last few batches are kept.
     """
 
-    def __init__(self, order: tuple[Tensor, Tensor, Tensor], depth: int, width: int) -> None:
+    def __init__(
+        self, order: tuple[Tensor, Tensor, Tensor], depth: int, width: int, itemsize: int
+    ) -> None:
         blocks = blocks_of(*order)
         self.minor, self.slots = blocks.minor, blocks.slots
         self.offsets = order[0].numpy().astype(np.int64)
         counts = np.diff(self.offsets)
         self.longest = int(counts.max(initial=0))
+        self.start = np.zeros(counts.size * width, f"f{itemsize}")
+        self._width, self._itemsize = width, itemsize
         # What is written where no block is costs about one row of a block.
         self._costs = (counts * depth + 1) * width
-        self.cuts = lru_cache(maxsize=8)(self._cuts)
+        self.plan = lru_cache(maxsize=8)(self._plan)
 
-    def _cuts(self, batch: int, count: int) -> Index:
-        from triton_kernels.blocks_numba import ROWS
+    def _plan(self, batch: int, count: int) -> _Plan:
+        # Not at the top: numba takes a second to import.
+        from triton_kernels.blocks_numba import ROWS, product
+        from triton_kernels.registers import narrow, product_tile
 
         rows = np.diff(np.arange(0, batch, ROWS), append=batch)
         ends = np.outer(rows, self._costs).cumsum()
         total = int(ends[-1]) if ends.size else 0
-        inner = np.searchsorted(ends, _shares(total, total, count)[1:-1], "right")
-        return np.array([0, *inner, ends.size], np.int64)
+        shares = _shares(total, total, count)
+        cuts = np.array([0, *np.searchsorted(ends, shares[1:-1], "right"), ends.size], np.int64)
+        # Each share packs what it reads, which does not pay where many of them read the same.
+        few = len(shares) - 1 <= 4 * rows.size
+        packed = narrow(self._width, self._itemsize) and batch >= 16 and few
+        tile = (16, 1) if packed else product_tile(self._width, self._itemsize)
+        return _Plan(cuts, product(*tile, packed), tile, packed * ROWS)
 
 
 def _shares(size: int, work: int, count: int) -> Index:
@@ -199,8 +218,7 @@ def _run(kernel: Callable[..., None], arguments: tuple[Any, ...], cuts: Index) -
 
 def _numbers(tensor: Tensor) -> NDArray[Any]:
     """All of them, flat, in what they are computed in."""
-    wide = _cast(tensor.detach(), _WIDE[tensor.dtype]).contiguous()
-    return wide.view(-1).numpy()  # type: ignore[no-any-return]
+    return _cast(tensor.detach(), _WIDE[tensor.dtype]).contiguous().numpy().reshape(-1)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

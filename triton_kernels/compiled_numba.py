@@ -45,11 +45,14 @@ def compiled(*parameters: Hashable) -> Callable[[Callable[..., Any]], Any]:
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
+        # Machine code is found by the name of its function and a number, which in the process that
+        # kept it may have been that of another one here.
+        function.__qualname__ += "".join(f"_{parameter}" for parameter in parameters)
         kernel: Any = numba.njit(nogil=True)(function)
         # Edited since they were imported, sources do not say what the code is.
         if not jit_is_off() and _sources() == _IMPORTED:
             with suppress(RuntimeError, OSError):  # there is nowhere to keep it
-                kernel._cache = _Cache(function, parameters)
+                kernel._cache = _Cache(function)
         return kernel
 
     return decorate
@@ -60,9 +63,9 @@ class _Cache(FunctionCache):  # type: ignore[misc]
     index gives two of them the same file when two processes write at once, and then one is run in
     place of the other."""
 
-    def __init__(self, function: Callable[..., Any], parameters: tuple[Hashable, ...]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        self._kind = function.__module__, function.__qualname__, parameters
+        self._kind = function.__module__, function.__qualname__
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         if not self._enabled:
