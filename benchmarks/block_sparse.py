@@ -153,7 +153,8 @@ def measure(
             if not case.size and block >= 16:
                 calls["forward"]["bsr"] = _bsr(ours, x)
             for what, functions in calls.items():
-                times_of = undisturbed(partial(in_turns, functions, how["device"]))
+                turns = partial(in_turns, functions, how["device"])
+                times_of = undisturbed(turns, torch.get_num_threads())
                 if times_of is None:
                     print("disturbed each time, no rows:", case.name, batch, block, density, what)
                     continue

@@ -14,24 +14,27 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-SHARE, TRIES, PAUSE = 0.03, 6, 20.0
 STAT = Path("/proc/stat")
+SHARE, TRIES, PAUSE = 0.08, 6, 10.0
+# The system counts in hundredths of a second, on each processor.
+SLACK = 0.03
 
 
 def others() -> float | None:
-    """Processor seconds, of all cores, that went to anything but this process; None if unknown."""
+    """Processor seconds, of all processors, that went to anything but this process (its children
+    are others, too); None where the system does not say."""
     try:
         line = STAT.read_text().splitlines()[0].split()
-    except OSError:
+        user, nice, system, _, _, interrupts, soft, stolen = (int(ticks) for ticks in line[1:9])
+    except (OSError, IndexError, ValueError):
         return None
-    user, nice, system, _, _, interrupts, soft, stolen = (int(ticks) for ticks in line[1:9])
     busy = user + nice + system + interrupts + soft + stolen
-    own = os.times()
-    return busy / os.sysconf("SC_CLK_TCK") - sum(own[:4])
+    return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-def undisturbed(measure: Callable[[], T]) -> T | None:
-    """What ``measure`` returns, from a time in which others took less than 3 % of the machine.
+def undisturbed(measure: Callable[[], T], threads: int) -> T | None:
+    """What ``measure``, which runs on so many threads, returns from a time in which others took
+    less than 8 % of what they had.
 
     It is called again, after a pause, until then; None if that did not happen in six times.
     """
@@ -43,7 +46,7 @@ def undisturbed(measure: Callable[[], T]) -> T | None:
         after, seconds = others(), time.perf_counter() - start
         if before is None or after is None:
             return found
-        share = (after - before) / (seconds * (os.cpu_count() or 1))
+        share = (after - before - SLACK) / (seconds * threads)
         if share < SHARE:
             return found
         print(f"others took {share:.0%} of the processors: measured again", flush=True)

@@ -28,8 +28,10 @@ _WIDE = {
 }
 # Fewer products than this are not worth a second thread.
 _SHARED = 1 << 22
-# More of the activations are not copied at a time.
+# Of the activations of narrow blocks, about so much is copied at a time.
 PIECE_BYTES = 8 << 20
+# Columns that are read fewer times than this are not worth a copy.
+_READ = 2
 
 
 def available(x: Tensor, block: tuple[int, int]) -> bool:
@@ -77,8 +79,8 @@ def weight_gradient(
     block: tuple[int, int],
 ) -> Tensor:
     """dy^T x at the alive blocks alone: (capacity, bh, bw), free slots zero. What is multiplied is
-    copied some rows at a time, since rows far apart share their places in the cache; for narrow
-    blocks, which would copy the same again and again, all of x, up to ``PIECE_BYTES``, at once."""
+    copied some rows at a time, since rows far apart share their places in the cache. Narrow blocks
+    would copy the same again and again: for them, all of x, up to ``PIECE_BYTES``, at once."""
     # Not at the top: numba takes a second to import.
     from triton_kernels.blocks_gradient_numba import ROWS, gradient
     from triton_kernels.registers import gradient_tile, narrow
@@ -89,15 +91,17 @@ def weight_gradient(
     # Every alive block is written whole; only free slots need zeros.
     make = x.new_empty if capacity == alive and batch else x.new_zeros
     grad = make(capacity, bh, bw, dtype=_WIDE[x.dtype])
-    tile, strips = gradient_tile(bw, grad.itemsize), narrow(bw, grad.itemsize)
+    tile = gradient_tile(bw, grad.itemsize)
+    strips = narrow(bw, grad.itemsize) and alive * bw >= _READ * x.shape[1]
     cuts = _shares(alive, alive * batch * bh * bw, torch.get_num_threads())
     rooms = _rooms(grad, cuts, ROWS * (bh + 16 * tile[1]))
     kernel, numbers, done = gradient(*tile, strips), _numbers(grad), 0
     for some, other in _pieces(x, dy) if strips else [(x, dy)]:
-        given = (_strips(some, bw) if strips else _numbers(some), _numbers(other))
+        copied = _strips(some, bw) if strips else _numbers(some)
         shape = (some.shape[0], x.shape[1], dy.shape[1], bh, bw, done)
-        _run(kernel, (*given, *blocks, numbers, rooms, cuts, shape), cuts)
+        _run(kernel, (copied, _numbers(other), *blocks, numbers, rooms, cuts, shape), cuts)
         done += some.shape[0]
+        del copied  # before the next one is made
     return _cast(grad, x.dtype)
 
 
@@ -113,8 +117,8 @@ def _product(
     depth, width = values.shape[:0:-1] if transposed else values.shape[1:]
     batch, k = x.shape
     out = x.new_empty(batch, n, dtype=_WIDE[x.dtype])
-    key = ("work", depth, width, out.itemsize)
-    work = memory.get(order, key, lambda: _Work(order, depth, width, out.itemsize))
+    kind = (k, depth, width, out.itemsize)
+    work = memory.get(order, ("work", *kind), lambda: _Work(order, *kind))
     plan = work.plan(batch, torch.get_num_threads())
     rooms = _rooms(out, plan.cuts, plan.room(k) + transposed * work.longest * depth * width)
     start = work.start
@@ -150,28 +154,29 @@ def _strips(x: Tensor, width: int) -> NDArray[Any]:
 class _Plan(NamedTuple):
     """How a product is shared, and by what kernel it is computed in tiles of (rows, 16 * vectors).
 
-    cuts: the shares in the work, as ``blocks_numba.product`` takes them; packed: see there.
+    cuts: the shares in the work, as ``blocks_numba.product`` takes them; packed_rows: those of x
+    that each of them packs at a time, or none.
     """
 
     cuts: Index
     kernel: Callable[..., None]
     tile: tuple[int, int]
-    packed: int
+    packed_rows: int
 
     def room(self, n: int) -> int:
         """Numbers that each share needs room for, of n columns, less the weights that it turns."""
-        return 16 * self.tile[0] * self.tile[1] + self.packed * n
+        return 16 * self.tile[0] * self.tile[1] + self.packed_rows * n
 
 
 class _Work:
-    """An order of the blocks as ``product`` takes it.
+    """An order of the blocks, of (depth, width), as ``product`` takes it for n columns.
 
     longest: the most blocks of a row (or column); start: a bias of nothing; plan: for a batch and
     so many threads, of which those of the last few batches are kept.
     """
 
     def __init__(
-        self, order: tuple[Tensor, Tensor, Tensor], depth: int, width: int, itemsize: int
+        self, order: tuple[Tensor, Tensor, Tensor], n: int, depth: int, width: int, itemsize: int
     ) -> None:
         blocks = blocks_of(*order)
         self.minor, self.slots = blocks.minor, blocks.slots
@@ -180,6 +185,8 @@ class _Work:
         self.longest = int(counts.max(initial=0))
         self.start = np.zeros(counts.size * width, f"f{itemsize}")
         self._width, self._itemsize = width, itemsize
+        # How often a column of the activations is read, by 16 columns of the outputs each time.
+        self._read = self.slots.size * depth * width / 16 / max(1, n)
         # What is written where no block is costs about one row of a block.
         self._costs = (counts * depth + 1) * width
         self.plan = lru_cache(maxsize=8)(self._plan)
@@ -194,9 +201,10 @@ class _Work:
         total = int(ends[-1]) if ends.size else 0
         shares = _shares(total, total, count)
         cuts = np.array([0, *np.searchsorted(ends, shares[1:-1], "right"), ends.size], np.int64)
-        # Each share packs what it reads, which does not pay where many of them read the same.
-        few = len(shares) - 1 <= 4 * rows.size
-        packed = narrow(self._width, self._itemsize) and batch >= 16 and few
+        # Each share packs what it reads: many shares of the same rows would pack the same, and
+        # take memory for it; and what is hardly read is not worth it.
+        most = rows.size * min(2, self._read / _READ)
+        packed = narrow(self._width, self._itemsize) and batch >= 16 and len(shares) - 1 <= most
         tile = (16, 1) if packed else product_tile(self._width, self._itemsize)
         return _Plan(cuts, product(*tile, packed), tile, packed * ROWS)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from triton_kernels import scattered_cpu
+from triton_kernels.eager import eager, plain
 from triton_kernels.forms import conv_form
 from triton_kernels.layout import Layout, gather, scatter
 from triton_kernels.linear import cast_for_autocast
@@ -41,7 +43,8 @@ def sparse_conv2d(
     x, values, bias = cast_for_autocast(x, values, bias)
     batched = x if x.dim() == 4 else x[None]
     geometry = (kernel_size, stride, padding, dilation)
-    y = _conv(batched, values, *layout[:6], layout.n_out, *geometry, compute == "sparse")
+    product = _eager if plain(batched, values) else _conv
+    y = product(batched, values, *layout[:6], layout.n_out, *geometry, compute == "sparse")
     if bias is not None:
         # Its own memory: another tensor of the size of y would be written and read for nothing.
         y = y.add_(bias.view(-1, 1, 1))
@@ -73,8 +76,7 @@ def _dense_weight(
     return weight if last else weight.contiguous()
 
 
-@torch.library.custom_op("sparsegrow::conv2d", mutates_args=())
-def _conv(
+def _forward(
     x: Tensor,
     values: Tensor,
     row_offsets: Tensor,
@@ -102,6 +104,9 @@ def _conv(
     return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation)
 
 
+_conv = torch.library.custom_op("sparsegrow::conv2d", _forward, mutates_args=())
+
+
 @_conv.register_fake
 def _(
     x: Tensor,
@@ -123,8 +128,7 @@ def _(
     return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation)
 
 
-@torch.library.custom_op("sparsegrow::conv2d_backward", mutates_args=())
-def _conv_backward(
+def _gradients(
     dy: Tensor,
     x: Tensor,
     values: Tensor,
@@ -181,6 +185,9 @@ def _conv_backward(
     return dx, gather(dense, *index, capacity, (bh, bw))
 
 
+_conv_backward = torch.library.custom_op("sparsegrow::conv2d_backward", _gradients, mutates_args=())
+
+
 @_conv_backward.register_fake
 def _(
     dy: Tensor,
@@ -214,9 +221,13 @@ def _setup(
     ctx.geometry = (kernel, stride, padding, dilation, sparse)  # type: ignore[attr-defined]
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx,
+    dy: Tensor,
+    gradients: Callable[..., tuple[Tensor, Tensor]] = _conv_backward,
+) -> tuple[Tensor | None, ...]:
     need_x, need_values = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-    dx, dvalues = _conv_backward(
+    dx, dvalues = gradients(
         dy,
         *ctx.saved_tensors,  # type: ignore[attr-defined]
         *ctx.geometry,  # type: ignore[attr-defined]
@@ -227,3 +238,4 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Ten
 
 
 _conv.register_autograd(_backward, setup_context=_setup)
+_eager = eager(_forward, _setup, partial(_backward, gradients=_gradients))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 
 from triton_kernels import scattered_cpu
+from triton_kernels.eager import eager, plain
 from triton_kernels.forms import linear_form
 from triton_kernels.layout import Layout, gather, scatter
 
@@ -29,7 +29,7 @@ def sparse_linear(
         raise ValueError(f"x has {x.shape[-1]} features, but the weight has {layout.n_in} inputs")
     x, values, bias = cast_for_autocast(x, values, bias)
     flat = x.reshape(-1, layout.n_in)
-    product = _Eager.apply if _plain(flat, values) else _linear
+    product = _eager if plain(flat, values) else _linear
     y = product(flat, values, bias, *layout[:6], layout.n_out, compute == "sparse")
     return y.view(*x.shape[:-1], layout.n_out)
 
@@ -190,25 +190,4 @@ def _backward(
 _linear.register_autograd(_backward, setup_context=_setup)
 
 
-class _Eager(torch.autograd.Function):
-    """The same without the custom op's way through the dispatcher, which takes up to a millisecond
-    a step, as long as the product of a very sparse layer."""
-
-    # With a ``setup_context`` every call would first look at this function's signature.
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, *inputs: Any) -> Tensor:
-        y = _forward(*inputs)
-        _setup(ctx, inputs, y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, dy, _gradients)
-
-
-def _plain(*tensors: Tensor) -> bool:
-    """Whether these are tensors that simply hold numbers, and nobody traces."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return all(type(t) in (Tensor, Parameter) and not t.is_meta for t in tensors)
+_eager = eager(_forward, _setup, partial(_backward, gradients=_gradients))
