@@ -1,6 +1,6 @@
 """Sparse products against the dense ones of the same size, side by side in one process.
 
-    python benchmarks/block_sparse.py                    # about 40 minutes on two quiet cores
+    python benchmarks/block_sparse.py                    # about an hour on two quiet cores
     python benchmarks/block_sparse.py --only square      # or another group, auto, page
     python benchmarks/block_sparse.py --device cuda --dtype bfloat16 --batches 4096
 
@@ -303,6 +303,18 @@ def _table(rows: list[dict[str, str]]) -> str:
     text.append(
         f"{last['hardware']}, {last['threads']} threads, PyTorch {last['torch']}, {last['date']}. "
         "Times of one training step, each dense step beside its sparse one."
+    )
+    scattered = [
+        ms["scattered", d] / ms["dense", d]
+        for ms in lines.values()
+        for way, d in ms
+        if way == "scattered"
+    ]
+    text.append("")
+    text.append(
+        "With a scattered weight, which is `dense` as a way to compute, a step takes "
+        f"{statistics.median(scattered):.2f} times as long as dense in the median of all that is "
+        f"in this table, {max(scattered):.2f} at most."
     )
     return "\n".join(text)
 
