@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from sparse_case import Case, topology_of
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from dst import SparseLinear
 from growth import Grid
-from triton_kernels import csr_cpu
+from triton_kernels import csr_cpu, csr_runs
 
 pytest.importorskip("numba")
 
@@ -37,8 +40,8 @@ def _check(case: Case, x: Tensor, dy: Tensor, tolerance: float) -> None:
 
 @pytest.mark.parametrize("alive", ["none", "one", "some", "all"])
 def test_both_gradients_at_once(alive: str) -> None:
-    """Rows below, at and above those copied together, which are 64; and batches, of which 16 are
-    turned and up to 64 multiplied together."""
+    """Batches of which 16 are turned and up to 64 multiplied together, and rows with more nonzeros
+    than a run has."""
     torch.manual_seed(0)
     for n_out, n_in, batch in ((150, 33, 70), (23, 64, 100), (1, 129, 64), (40, 1, 5), (7, 9, 0)):
         case = _case(n_out, n_in, alive, torch.float64)
@@ -55,11 +58,46 @@ def test_narrow_numbers(dtype: torch.dtype) -> None:
     _check(case, x, dy, tolerance)
 
 
-@pytest.mark.parametrize("cached", [0, 100 * 16 * 2 * 8])
-def test_tiles_that_fit_the_cache(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(csr_cpu, "_CACHED", cached)
-    case = _case(30, 100, "some", torch.float64)
-    _check(case, torch.randn(70, 100).double(), torch.randn(70, 30).double(), 1e-11)
+@pytest.mark.parametrize(("nearest", "least"), [(3 * 256, 0), (24 << 10, 1 << 20)])
+def test_pieces_and_groups(nearest: int, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few columns and rows, where there are many of each; and columns of the larger cache."""
+    monkeypatch.setattr(csr_cpu, "_NEAREST", nearest)
+    monkeypatch.setattr(csr_cpu, "_LEAST", least)
+    monkeypatch.setattr(csr_cpu, "_NEXT", 50 * 256)
+    monkeypatch.setattr(csr_cpu, "_ROWS", 7)
+    for alive in ("some", "all"):
+        case = _case(30, 100, alive, torch.float64)
+        _check(case, torch.randn(70, 100).double(), torch.randn(70, 30).double(), 1e-11)
+
+
+@pytest.mark.parametrize("width", [1, 5, 40, 1000])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_runs_hold_every_nonzero_once(width: int, threads: int) -> None:
+    from triton_kernels.csr_runs_numba import LONGEST
+
+    layout = _case(70, 90, "some", torch.float32).topology.layout
+    order = layout.row_offsets, layout.cols, layout.slots
+    runs, parts = csr_runs.runs_of(order, 90, width, 16, threads)
+    groups, pieces = len(runs.starts) - 1, -(-90 // width)
+    assert [group for part in parts for group in range(*part)] == list(range(groups))
+    assert runs.starts[0] == 0 and runs.starts[-1] == 70
+    assert (np.diff(runs.starts) > 0).all() and (np.diff(runs.starts) <= 16).all()
+    found, k, before = [], 0, 0
+    for at, (group, piece) in enumerate(itertools.product(range(groups), range(pieces))):
+        assert runs.begins[at] == k and runs.ends[at, 0] == before
+        for length in range(1, LONGEST + 1):
+            for run in range(before, runs.ends[at, length]):
+                row = runs.starts[group] + runs.rows[run]
+                assert runs.starts[group] <= row < runs.starts[group + 1]
+                inside = slice(k, k + length)
+                assert (runs.columns[inside] < width).all()
+                columns = piece * width + runs.columns[inside].astype(int)
+                found += zip([row] * length, columns, runs.slots[inside].tolist(), strict=True)
+                k += length
+            before = int(runs.ends[at, length])
+    rows = torch.arange(70).repeat_interleave(layout.row_offsets.diff())
+    expected = zip(rows.tolist(), layout.cols.tolist(), layout.slots.tolist(), strict=True)
+    assert sorted(found) == sorted(expected)
 
 
 def test_gradients_do_not_depend_on_threads() -> None:

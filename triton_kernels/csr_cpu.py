@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from triton_kernels import threads
+from triton_kernels.csr_runs import WIDEST, runs_of
 
 # Numbers of the batch at a time, in vectors of 16: no more than the batch fills, and so few that
-# the features of all of them stay in a core's cache, of which they may take so many bytes.
-_VECTORS = (1, 2, 4)
-_CACHED = 1 << 19
+# those of one feature take no more bytes than this.
+_VECTORS = (4, 2, 1)
+_FEATURE = 256
+# A piece of the features takes so many bytes: most of a core's nearest cache; or of the next one,
+# where the nearest would hold fewer than so many nonzeros of a row.
+_NEAREST = 24 << 10
+_NEXT = 256 << 10
+_LEAST = 4
+# Rows of a group: what they keep of the activations stays in a core's cache. More where all
+# features do not, since they come from far for every group.
+_ROWS = 512
+_FAR = 512 << 10
 # Fewer products than this are not worth a second thread.
 _SHARED = 1 << 20
 
@@ -89,24 +97,28 @@ def _walk(
     depend on how many there are; each thread copies all of x for itself, a tile at a time."""
     # Not at the top: numba takes a second to import.
     from triton_kernels.csr_numba import walk
+    from triton_kernels.registers import dots_at_once
     from triton_kernels.vectors import WIDTH
 
-    line = WIDTH * x.shape[1] * x.element_size()
-    fitting = [v for v in _VECTORS if v * line <= _CACHED] or _VECTORS[:1]
-    vectors = next((v for v in fitting if WIDTH * v >= len(x)), fitting[-1])
-    ends = order[0].numpy()
-    rows, nonzeros = len(ends) - 1, int(ends[-1])
-    count = torch.get_num_threads() if nonzeros * len(x) >= _SHARED else 1
-    cuts = np.searchsorted(ends, np.arange(1, count) * nonzeros // count)
-    # In whole vectors, so that two threads never write to the same line of the cache.
-    cuts = WIDTH * np.round(cuts / WIDTH).astype(int)
-    parts = [(a, b) for a, b in pairwise([0, *cuts.tolist(), rows]) if a < b]
+    batch, columns = x.shape
+    most = max(1, _FEATURE // (WIDTH * x.element_size()))
+    fitting = [v for v in _VECTORS if v <= most]
+    vectors = next((v for v in reversed(fitting) if WIDTH * v >= batch), fitting[0])
+    feature = WIDTH * vectors * x.element_size()
+    rows, nonzeros = len(order[0]) - 1, order[1].numel()
+    width = _NEAREST // feature
+    if nonzeros * width < _LEAST * rows * columns:
+        width = _NEXT // feature
+    group = _ROWS if columns * feature <= _FAR else 2 * _ROWS
+    count = torch.get_num_threads() if nonzeros * batch >= _SHARED else 1
+    runs, parts = runs_of(order, columns, min(width, WIDEST), group, count)
 
     none = x.new_empty(0, 0)
     weights = none if values is None else values.detach().to(x.dtype)
     tensors = (
-        *(x, none if own is None else own, weights.reshape(-1), *order),
+        *(x, none if own is None else own, weights.reshape(-1)),
         *(none if y is None else y, (none if grad is None else grad).view(-1)),
     )
-    arrays = [tensor.numpy() for tensor in tensors]
-    threads.run(walk(vectors), [*arrays, y is not None, grad is not None], parts)
+    x_, own_, weights_, y_, grad_ = (tensor.numpy() for tensor in tensors)
+    kernel = walk(vectors, y is not None, grad is not None, dots_at_once(x.element_size()))
+    threads.run(kernel, [x_, own_, weights_, *runs, y_, grad_], parts)

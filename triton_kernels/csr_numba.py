@@ -1,9 +1,10 @@
 """The pass over the nonzeros of a matrix that makes unstructured products, as numba compiles it.
 
-A tile of the batch is copied with features first, small enough to stay in a core's cache, of which
-each nonzero reads one row; what belongs to the row of the nonzero stays in vector registers. Left
-to itself, the compiler keeps it in memory, which takes twice as long; so the inner loop is written
-in its intermediate language.
+A tile of the batch is copied with features first. Of a piece of these, as large as the nearest
+cache holds, a run of the nonzeros of one row of the matrix reads a row each (see ``csr_runs``);
+what belongs to the row of the matrix stays in vector registers meanwhile. Left to itself, the
+compiler keeps it in memory, which takes twice as long; so the inner loops are written in its
+intermediate language: one for every length of a run, without a branch that depends on it.
 """
 
 from __future__ import annotations
@@ -18,127 +19,139 @@ from numba import types
 from numba.extending import intrinsic
 
 from triton_kernels.compiled_numba import compiled
+from triton_kernels.csr_runs_numba import LONGEST
 from triton_kernels.transpose_numba import aligned, to_features, to_rows
-from triton_kernels.vectors import INDEX, WIDTH, Loop, zero
-
-# Nonzeros whose dot products are summed together.
-_AT_ONCE = 8
-# Rows whose numbers are copied together: batches lie far apart, so that a line of the cache alone
-# would cost the same as some of them in a row.
-_GROUP = 64
+from triton_kernels.vectors import INDEX, WIDTH, Loop
 
 
 @cache
-def walk(vectors: int) -> Callable[..., None]:
-    """walk(x, own, values, offsets, index, slots, y, grad, summed, dotted, first, last), over rows
-    [first, last):
+def walk(vectors: int, summed: bool, dotted: bool, together: int) -> Callable[..., None]:
+    """walk(x, own, values, runs..., y, grad, first, last), over groups of rows [first, last), where
+    ``runs`` are the arrays of a ``csr_runs.Runs``:
 
-    summed: y[b, r] = sum over the nonzeros k of row r of values[slots[k]] * x[b, index[k]];
-    dotted: grad[slots[k]] = sum over b of own[b, r] * x[b, index[k]].
+    summed: y[b, r] = sum over the nonzeros k of row r of values[slots[k]] * x[b, column of k];
+    dotted: grad[slots[k]] = sum over b of own[b, row of k] * x[b, column of k].
     x: (batch, n), own, y: (batch, rows), values, grad: (capacity,); not summed, values and y are
     not looked at, and not dotted, own and grad. ``16 * vectors`` numbers of the batch at a time.
-    Both at once cost little more than one, since most of the time goes to reading x.
+    Both at once cost less than one after the other, since each reads x.
+    together: how many dot products are summed up at once, a power of two up to 16.
     Without the interpreter's lock. Nothing is checked.
     """
-    sum_row = _run_row(vectors, summed=True, dotted=False)
-    dot_row = _run_row(vectors, summed=False, dotted=True)
-    do_both = _run_row(vectors, summed=True, dotted=True)
+    run = _runs_of_a_piece(vectors, summed, dotted, together)
     size = WIDTH * vectors
 
-    @compiled(vectors)
+    @compiled(vectors, summed, dotted, together)
     def walk(  # type: ignore[no-untyped-def]
-        x, own, values, offsets, index, slots, y, grad, summed, dotted, first, last
+        x, own, values, starts, width, ends, begins, rows, index, slots, y, grad, first, last
     ):
-        start = np.int64(offsets[first])
-        slots, index = slots[start : offsets[last]], index[start:]
-        # In the order of the nonzeros: every tile reads them again.
+        n = x.shape[1]
+        pieces = -(-n // width)
+        start, end = begins[first * pieces], begins[last * pieces]
+        slots, index = slots[start:end], index[start:]
+        # In the order of the runs: every tile reads them again.
         weights = np.empty(slots.size if summed else 0, x.dtype)
         for k in range(weights.size):
             weights[k] = values[slots[k]]
         dots = np.zeros(slots.size if dotted else 0, x.dtype)
-        features = aligned(x.shape[1], size, x.dtype)
-        mine, sums = aligned(_GROUP, size, x.dtype), aligned(_GROUP, size, x.dtype)
+        features, most = aligned(n, size, x.dtype), 0
+        for g in range(first, last):
+            most = max(most, starts[g + 1] - starts[g])
+        mine = aligned(most if dotted else 0, size, x.dtype)
+        sums = aligned(most if summed else 0, size, x.dtype)
         for b in range(0, x.shape[0], size):
-            to_features(x, b, 0, features, x.shape[1])
-            for r in range(first, last, _GROUP):
-                count = min(_GROUP, last - r)
+            to_features(x, b, 0, features, n)
+            for g in range(first, last):
+                count = starts[g + 1] - starts[g]
                 if dotted:
-                    to_features(own, b, r, mine, count)
-                for i in range(count):
-                    begin, end = offsets[r + i] - start, offsets[r + i + 1] - start
-                    if not dotted:
-                        sum_row(features, mine, weights, index, begin, end, sums, dots, i)
-                    elif not summed:
-                        dot_row(features, mine, weights, index, begin, end, sums, dots, i)
-                    else:
-                        do_both(features, mine, weights, index, begin, end, sums, dots, i)
+                    to_features(own, b, starts[g], mine, count)
                 if summed:
-                    to_rows(sums, count, y, b, r)
+                    cleared = sums.reshape(-1)
+                    for i in range(count * size):
+                        cleared[i] = 0
+                for c in range(pieces):
+                    piece, at = features[c * width :], g * pieces + c
+                    run(piece, mine, weights, index, rows, ends, at, begins[at] - start, sums, dots)
+                if summed:
+                    to_rows(sums, count, y, b, starts[g])
         for k in range(dots.size):
             grad[slots[k]] = dots[k]
 
     return walk
 
 
-def _run_row(vectors: int, summed: bool, dotted: bool) -> Any:
+def _runs_of_a_piece(vectors: int, summed: bool, dotted: bool, together: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
-    def run_row(
+    def run(
         typing: Any,
         x: Any,
         own: Any,
         weights: Any,
         index: Any,
+        rows: Any,
+        ends: Any,
+        at: Any,
         first: Any,
-        last: Any,
         sums: Any,
         dots: Any,
-        i: Any,
     ) -> Any:
-        """sums[i]: of weights[k] * x[index[k]] over nonzeros k in [first, last); and <own[i],
-        x[index[k]]> is added to dots[k]."""
+        """For the runs of group and piece ``at``, whose nonzeros begin with the first-th, each of a
+        row r: to sums[r] are added their weights[k] * x[index[k]]; and <own[r], x[index[k]]> is
+        added to each dots[k]."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             loop = Loop(context, builder, signature, args)
-            x_, weights_, index_, dots_ = (loop.data(i) for i in (0, 2, 3, 7))
-            line = builder.mul(args[8], ir.Constant(INDEX, WIDTH * vectors))
-            own_, sums_ = (builder.gep(loop.data(i), [line]) for i in (1, 6))
-            mine = loop.vectors(own_, vectors) if dotted else []
+            x_, own_, weights_, index_, rows_, ends_, sums_, dots_ = (
+                loop.data(i) for i in (0, 1, 2, 3, 4, 5, 8, 9)
+            )
+            ends_ = builder.gep(ends_, [builder.mul(args[6], ir.Constant(INDEX, LONGEST + 1))])
+            k, size = args[7], WIDTH * vectors
 
-            def run(k: Any, sums: list[Any], count: int) -> list[Any]:
-                totals = []
-                for i in range(count):
+            def dot(totals: list[Any], k: Any) -> None:
+                """Adds them to those of the nonzeros from k on."""
+                added = loop.totals(totals)
+                place = builder.bitcast(builder.gep(dots_, [k]), added.type.as_pointer())
+                before = builder.load(place)
+                before.align = 4
+                builder.store(builder.fadd(before, added), place).align = 4
+
+            def run_of(length: int, run: Any, k: Any) -> Any:
+                row = builder.mul(loop.number(rows_, run), ir.Constant(INDEX, size))
+                totals: list[Any] = []
+                target = builder.gep(sums_, [row])
+                kept = loop.vectors(target, vectors) if summed else []
+                mine = loop.vectors(builder.gep(own_, [row]), vectors) if dotted else []
+                for i in range(length):
                     at = builder.add(k, ir.Constant(INDEX, i))
-                    row = loop.vectors(loop.row(x_, index_, at, WIDTH * vectors), vectors)
+                    line = loop.vectors(loop.row(x_, index_, at, size), vectors)
                     if summed:
                         weight = loop.spread(builder.load(builder.gep(weights_, [at])))
-                        sums = [loop.fused(weight, a, s) for a, s in zip(row, sums, strict=True)]
+                        kept = [loop.fused(weight, a, s) for a, s in zip(line, kept, strict=True)]
                     if dotted:
-                        total = zero(x_)
-                        for a, b in zip(mine, row, strict=True):
+                        total = builder.fmul(mine[0], line[0])
+                        for a, b in zip(mine[1:], line[1:], strict=True):
                             total = loop.fused(a, b, total)
                         totals.append(total)
-                if dotted:
-                    kind = ir.VectorType(x_.type.pointee, count)
-                    place = builder.bitcast(builder.gep(dots_, [k]), kind.as_pointer())
-                    before = builder.load(place)
-                    before.align = 4
-                    builder.store(builder.fadd(before, loop.totals(totals)), place).align = 4
-                return sums
+                    if totals and (len(totals) == together or i == length - 1):
+                        dot(totals, builder.add(k, ir.Constant(INDEX, i + 1 - len(totals))))
+                        totals = []
+                if summed:
+                    loop.store(kept, target)
+                return builder.add(k, ir.Constant(INDEX, length))
 
-            middle, last = args[4], args[5]
-            carried = [zero(x_)] * vectors if summed else []
-            if dotted:  # Several at a time share the additions across a vector.
-                most = builder.and_(builder.sub(last, middle), ir.Constant(INDEX, -_AT_ONCE))
-                first, middle = middle, builder.add(middle, most)
-                carried = loop.run(
-                    first, middle, carried, lambda k, s: run(k, s, _AT_ONCE), _AT_ONCE
+            for length in range(1, LONGEST + 1):
+                begin, end = (
+                    builder.load(builder.gep(ends_, [ir.Constant(INDEX, i)]))
+                    for i in (length - 1, length)
                 )
-            carried = loop.run(middle, last, carried, lambda k, s: run(k, s, 1))
-            if summed:
-                loop.store(carried, sums_)
+                (k,) = loop.run(
+                    begin,
+                    end,
+                    [k],
+                    lambda run, carried, length=length: [run_of(length, run, *carried)],
+                )
             return context.get_dummy_value()
 
-        at = types.int64
-        return types.void(x, own, weights, index, at, at, sums, dots, at), generate
+        at_ = types.int64
+        return types.void(x, own, weights, index, rows, ends, at_, at_, sums, dots), generate
 
-    return run_row
+    return run

@@ -30,6 +30,11 @@ def gradient_tile(width: int, itemsize: int) -> tuple[int, int]:
     return next(rows for rows in (16, 8, 4, 2, 1) if rows * vectors <= room), vectors
 
 
+def dots_at_once(itemsize: int) -> int:
+    """Dot products that are summed up together, with one vector each: a power of two up to 16."""
+    return next(count for count in (16, 8, 4, 2) if count <= max(2, _accumulators(itemsize)))
+
+
 def _accumulators(itemsize: int) -> int:
     """Vectors of 16 that the registers hold, but for a quarter that is left to what is multiplied:
     32 registers of AVX-512, 16 of AVX2, 32 of NEON."""

@@ -4,7 +4,7 @@ itself is written in its intermediate language.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -57,12 +57,15 @@ class Loop:
         return results
 
     def row(self, x: Any, index: Any, k: Any, length: int) -> Any:
-        """Address of the row of x that nonzero k refers to."""
+        """Address of the row of x that index[k], which is not negative, says."""
         builder = self.builder
-        at = builder.load(builder.gep(index, [k]))
-        if at.type != INDEX:
-            at = builder.sext(at, INDEX)
+        at = self.number(index, k)
         return builder.gep(x, [builder.mul(at, ir.Constant(INDEX, length))])
+
+    def number(self, array: Any, k: Any) -> Any:
+        """array[k], which is not negative, as an index."""
+        found = self.builder.load(self.builder.gep(array, [k]))
+        return found if found.type == INDEX else self.builder.zext(found, INDEX)
 
     def vectors(self, address: Any, count: int) -> list[Any]:
         kind = ir.VectorType(address.type.pointee, WIDTH)
@@ -111,34 +114,46 @@ class Loop:
             declared = ir.Function(module, kind, name=name)
         return self.builder.call(declared, values)
 
-    def totals(self, values: list[Any]) -> Any:
-        """The sums of the numbers of each of some vectors, two to the power of something, as one
-        vector of so many."""
-        wanted = len(values)
-        while len(values) > 1:
-            values = [self._paired(a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
-        (sums,) = values
-        while sums.type.count > wanted:
-            sums = self._paired(sums, sums, sums.type.count // 2)
-        return sums
+    def totals(self, vectors: list[Any]) -> Any:
+        """The sums of the numbers of each of up to 16 vectors, as one vector of so many."""
+        wanted = len(vectors)
+        # Within quarters of a register first: those are the cheapest to mix.
+        for lane, unit in ((4, 2), (4, 1), (WIDTH, 8), (WIDTH, 4)):
+            if lane == WIDTH and len(vectors) == 1:
+                vectors = [self._folded(vectors, unit)]
+                continue
+            if len(vectors) % 2:
+                vectors = [*vectors, ir.Constant(vectors[0].type, [0.0] * WIDTH)]
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [self._folded(pair, unit, lane) for pair in pairs]
+        (sums,) = vectors
+        return sums if sums.type.count == wanted else self._picked([sums], list(range(wanted)))
 
-    def _paired(self, a: Any, b: Any, count: int = WIDTH) -> Any:
-        """Sums of neighbours, first those of a, then those of b; the first ``count`` of them."""
-        lanes = ir.VectorType(ir.IntType(32), count)
-        even, odd = (
-            self.builder.shuffle_vector(a, b, ir.Constant(lanes, [2 * i + j for i in range(count)]))
-            for j in (0, 1)
-        )
-        return self.builder.fadd(even, odd)
+    def _folded(self, vectors: Sequence[Any], unit: int, lane: int = WIDTH) -> Any:
+        """Every second ``unit`` of numbers plus the one that follows it, lane by lane, in each of
+        them first those of the first vector."""
+        count = vectors[0].type.count
+        even = [
+            count * which + start + i
+            for first in range(0, count, lane)
+            for which in range(len(vectors))
+            for start in range(first, min(first + lane, count), 2 * unit)
+            for i in range(unit)
+        ]
+        odd = [i + unit for i in even]
+        return self.builder.fadd(self._picked(vectors, even), self._picked(vectors, odd))
+
+    def _picked(self, vectors: Sequence[Any], lanes: list[int]) -> Any:
+        """Some numbers of one or two vectors."""
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
+        return self.builder.shuffle_vector(vectors[0], vectors[-1], mask)
 
     def interleaved(self, a: Any, b: Any) -> tuple[Any, Any]:
         """The numbers of two vectors, one of a and one of b in turn: the first half, the second."""
-        lanes = ir.VectorType(ir.IntType(32), WIDTH)
-        halves = [
-            ir.Constant(lanes, [WIDTH * (i % 2) + i // 2 + start for i in range(WIDTH)])
-            for start in (0, WIDTH // 2)
-        ]
-        return tuple(self.builder.shuffle_vector(a, b, half) for half in halves)  # type: ignore[return-value]
+        first, second = (
+            [WIDTH * (i % 2) + i // 2 + start for i in range(WIDTH)] for start in (0, WIDTH // 2)
+        )
+        return self._picked((a, b), first), self._picked((a, b), second)
 
     def outer(self, numbers: list[Any], row: list[Any], sums: list[Any]) -> list[Any]:
         """sums + the products of every number, spread, with every vector of the row."""
@@ -149,9 +164,8 @@ class Loop:
         """A vector of one number."""
         kind = ir.VectorType(number.type, WIDTH)
         nothing = ir.Constant(kind, ir.Undefined)
-        lanes = ir.VectorType(ir.IntType(32), WIDTH)
         one = self.builder.insert_element(nothing, number, ir.Constant(ir.IntType(32), 0))
-        return self.builder.shuffle_vector(one, nothing, ir.Constant(lanes, [0] * WIDTH))
+        return self._picked((one, nothing), [0] * WIDTH)
 
 
 def zero(address: Any) -> Any:

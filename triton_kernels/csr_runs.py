@@ -1,0 +1,86 @@
+"""The order in which the CPU multiplies the nonzeros of a matrix, given by its compressed rows.
+
+In that of the rows, every nonzero would wait for its row of the activations to come from a cache
+that is not the nearest. So columns are cut into pieces, of which the activations fit there, rows
+into groups, and in each group and piece, the nonzeros of a row are a run, or several if there are
+too many. Runs are sorted by their length, so that no branch depends on it.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from triton_kernels.waves import Index, memory
+
+# Columns of a piece are a number of 16 bits.
+WIDEST = 1 << 16
+# Groups begin at whole lines of the cache, so that two threads never write to the same one.
+_LINE = 16
+
+
+class Runs(NamedTuple):
+    """starts: (groups + 1,), the rows at which groups begin; width: columns of a piece.
+    ends: (groups * pieces, 17), how many runs there are up to those of a length in a group and
+    piece, all before them included; begins: (groups * pieces + 1,), the same of nonzeros.
+    rows: (runs,), in their group; columns, in their piece, and slots: (nonzeros,).
+    """
+
+    starts: Index
+    width: int
+    ends: Index
+    begins: Index
+    rows: NDArray[Any]
+    columns: NDArray[Any]
+    slots: NDArray[Any]
+
+
+def runs_of(
+    order: tuple[Tensor, Tensor, Tensor], n: int, width: int, rows: int, threads: int
+) -> tuple[Runs, list[tuple[int, int]]]:
+    """The runs of a matrix of n columns, and what groups each thread takes: worked out once
+    for an order of a layout.
+
+    order: offsets, index and slots of its compressed rows; width: columns of a piece, up to
+    ``WIDEST``; rows: the most of a group, up to 2^16. Sums of a row do not depend on ``threads``.
+    """
+    key = ("runs", n, width, rows, threads)
+    return memory.get(order, key, lambda: _runs(order, n, width, rows, threads))
+
+
+def _runs(
+    order: tuple[Tensor, Tensor, Tensor], n: int, width: int, rows: int, threads: int
+) -> tuple[Runs, list[tuple[int, int]]]:
+    # Not at the top: numba takes a second to import.
+    from triton_kernels.csr_runs_numba import LONGEST, count, sort
+
+    offsets, index, slots = (t.numpy() for t in order)
+    cuts = _cuts(offsets, threads)
+    starts, parts = [0], []
+    for first, last in pairwise(cuts):
+        begin = len(starts) - 1
+        starts += [min(row + rows, last) for row in range(first, last, rows)]
+        parts.append((begin, len(starts) - 1))
+    groups = np.array(starts, np.int64)
+    pieces = (len(starts) - 1) * -(-n // width)
+    ends = np.zeros((pieces, LONGEST + 1), np.int64)
+    begins = np.zeros(pieces + 1, np.int64)
+    count(offsets, index, groups, width, ends, begins)
+    runs = np.empty(int(ends[-1, -1]) if pieces else 0, np.uint16)
+    columns = np.empty(index.size, np.uint16)
+    # Unsigned, since the compiler would ask of every other one whether it is negative.
+    slots_ = np.empty(slots.size, f"u{slots.itemsize}")
+    sort(offsets, index, slots, groups, width, ends, begins, runs, columns, slots_)
+    return Runs(groups, width, ends, begins, runs, columns, slots_), parts
+
+
+def _cuts(offsets: NDArray[Any], threads: int) -> list[int]:
+    """Where the rows of each thread begin, and end: with about as many nonzeros for each."""
+    rows, nonzeros = len(offsets) - 1, int(offsets[-1])
+    cuts = np.searchsorted(offsets, np.arange(1, threads) * nonzeros // threads)
+    cuts = _LINE * np.round(cuts / _LINE).astype(int)
+    return np.unique([0, *cuts[cuts < rows], rows]).tolist()  # type: ignore[no-any-return]
