@@ -40,7 +40,7 @@ def _check(case: Case, x: Tensor, dy: Tensor, tolerance: float) -> None:
 
 @pytest.mark.parametrize("alive", ["none", "one", "some", "all"])
 def test_both_gradients_at_once(alive: str) -> None:
-    """Batches of which 16 are turned and up to 64 multiplied together, and rows with more nonzeros
+    """Batches of which 16 are turned and up to 32 multiplied together, and rows with more nonzeros
     than a run has."""
     torch.manual_seed(0)
     for n_out, n_in, batch in ((150, 33, 70), (23, 64, 100), (1, 129, 64), (40, 1, 5), (7, 9, 0)):
@@ -100,7 +100,10 @@ def test_runs_hold_every_nonzero_once(width: int, threads: int) -> None:
     assert sorted(found) == sorted(expected)
 
 
-def test_gradients_do_not_depend_on_threads() -> None:
+@pytest.mark.parametrize("rows", [7, 512])
+def test_gradients_do_not_depend_on_threads(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csr_cpu, "_ROWS", rows)
+    monkeypatch.setattr(csr_cpu, "_SHARED", 0)
     case = _case(400, 300, "some", torch.float32)
     layout, values = case.topology.layout, case.values.detach()
     x, dy = torch.randn(70, 300), torch.randn(70, 400)
@@ -113,6 +116,75 @@ def test_gradients_do_not_depend_on_threads() -> None:
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_small_product_takes_the_order_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one thread, through the groups of all."""
+    case = _case(400, 300, "some", torch.float32)
+    made: list[int] = []
+    order = csr_runs._runs
+    monkeypatch.setattr(csr_runs, "_runs", lambda *a: made.append(1) or order(*a))
+    layout, values = case.topology.layout, case.values.detach()
+    large = torch.randn(4000, 300)
+    expected = csr_cpu.product(large, values, *layout[:3], 400)
+    y = csr_cpu.product(large[:33], values, *layout[:3], 400)
+    torch.testing.assert_close(y, expected[:33])
+    assert made == [1]
+
+
+@pytest.mark.parametrize("n_out, n_in", [(0, 5), (5, 0)])
+def test_nothing_on_one_side(n_out: int, n_in: int) -> None:
+    offsets = [torch.zeros(n + 1, dtype=torch.int32) for n in (n_out, n_in)]
+    none, values = torch.empty(0, dtype=torch.int32), torch.empty(0, 1, 1)
+    x, dy = torch.randn(20, n_in), torch.randn(20, n_out)
+    y = csr_cpu.product(x, values, offsets[0], none, none, n_out)
+    assert y.shape == (20, n_out) and not y.any()
+    dx, gradient = csr_cpu.gradients(x, dy, values, offsets[1], none, none)
+    assert dx.shape == (20, n_in) and not dx.any() and gradient.shape == values.shape
+
+
+@pytest.mark.parametrize(
+    "vectors, together, dtype",
+    [
+        (1, 16, torch.float32),
+        (2, 4, torch.float32),
+        (4, 2, torch.float32),
+        (4, 16, torch.float32),
+        (2, 8, torch.float64),
+    ],
+)
+def test_runs_of_every_length(vectors: int, together: int, dtype: torch.dtype) -> None:
+    """Row r has r nonzeros; and as many sums together as other processors have registers for."""
+    from triton_kernels.csr_numba import walk
+
+    columns = [torch.randperm(40)[:r].sort().values for r in range(36)]
+    index = torch.cat(columns).int()
+    offsets = torch.tensor([0, *itertools.accumulate(len(c) for c in columns)], dtype=torch.int32)
+    slots = torch.randperm(len(index)).int()
+    x, own = torch.randn(70, 40, dtype=dtype), torch.randn(70, 36, dtype=dtype)
+    values = torch.randn(len(index), dtype=dtype)
+    y, grad = torch.full_like(own, torch.nan), torch.full_like(values, torch.nan)
+    runs, parts = csr_runs.runs_of((offsets, index, slots), 40, 40, 512, 1)
+    tensors = [tensor.numpy() for tensor in (x, own, values, y, grad)]
+    walk(vectors, True, True, together)(*tensors[:3], *runs, *tensors[3:], *parts[0])
+    rows = torch.repeat_interleave(torch.arange(36), offsets.diff().long())
+    weight = torch.zeros(36, 40, dtype=torch.float64)
+    weight[rows, index.long()] = values[slots.long()].double()
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-12
+    expected = x.double() @ weight.T
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    expected = (own.double().T @ x.double())[rows, index.long()]
+    found = grad[slots.long()].double()
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_wide_indices(dtype: torch.dtype) -> None:
+    case = _case(60, 50, "some", torch.float32)
+    order = [tensor.to(dtype) for tensor in case.topology.layout[:3]]
+    x = torch.randn(20, 50)
+    y = csr_cpu.product(x, case.values.detach(), *order, 60)
+    torch.testing.assert_close(y, x @ case.weight.float().T)
 
 
 def test_all_slots_are_written() -> None:

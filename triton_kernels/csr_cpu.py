@@ -13,7 +13,7 @@ from triton_kernels.csr_runs import WIDEST, runs_of
 
 # Numbers of the batch at a time, in vectors of 16: no more than the batch fills, and so few that
 # those of one feature take no more bytes than this.
-_VECTORS = (4, 2, 1)
+_VECTORS = (1, 2, 4)
 _FEATURE = 256
 # A piece of the features takes so many bytes: most of a core's nearest cache; or of the next one,
 # where the nearest would hold fewer than so many nonzeros of a row.
@@ -101,17 +101,18 @@ def _walk(
     from triton_kernels.vectors import WIDTH
 
     batch, columns = x.shape
-    most = max(1, _FEATURE // (WIDTH * x.element_size()))
-    fitting = [v for v in _VECTORS if v <= most]
-    vectors = next((v for v in reversed(fitting) if WIDTH * v >= batch), fitting[0])
-    feature = WIDTH * vectors * x.element_size()
+    number = WIDTH * x.element_size()
+    fitting = [v for v in _VECTORS if v * number <= _FEATURE]
+    vectors = next((v for v in fitting if WIDTH * v >= batch), fitting[-1])
     rows, nonzeros = len(order[0]) - 1, order[1].numel()
-    width = _NEAREST // feature
+    # By the batch only where it pays: each width takes another order of the nonzeros.
+    width = _NEAREST // _FEATURE
     if nonzeros * width < _LEAST * rows * columns:
-        width = _NEXT // feature
-    group = _ROWS if columns * feature <= _FAR else 2 * _ROWS
-    count = torch.get_num_threads() if nonzeros * batch >= _SHARED else 1
-    runs, parts = runs_of(order, columns, min(width, WIDEST), group, count)
+        width = min(_NEXT // (vectors * number), WIDEST)
+    group = _ROWS if columns * _FEATURE <= _FAR else 2 * _ROWS
+    runs, parts = runs_of(order, columns, width, group, torch.get_num_threads())
+    if nonzeros * batch < _SHARED:
+        parts = [(0, len(runs.starts) - 1)]
 
     none = x.new_empty(0, 0)
     weights = none if values is None else values.detach().to(x.dtype)

@@ -10,7 +10,7 @@ intermediate language: one for every length of a run, without a branch that depe
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from triton_kernels.vectors import INDEX, WIDTH, Loop
 @cache
 def walk(vectors: int, summed: bool, dotted: bool, together: int) -> Callable[..., None]:
     """walk(x, own, values, runs..., y, grad, first, last), over groups of rows [first, last), where
-    ``runs`` are the arrays of a ``csr_runs.Runs``:
+    ``runs`` are the fields of a ``csr_runs.Runs``:
 
     summed: y[b, r] = sum over the nonzeros k of row r of values[slots[k]] * x[b, column of k];
     dotted: grad[slots[k]] = sum over b of own[b, row of k] * x[b, column of k].
@@ -37,7 +37,7 @@ def walk(vectors: int, summed: bool, dotted: bool, together: int) -> Callable[..
     together: how many dot products are summed up at once, a power of two up to 16.
     Without the interpreter's lock. Nothing is checked.
     """
-    run = _runs_of_a_piece(vectors, summed, dotted, together)
+    multiply = _runs_of_a_piece(vectors, summed, dotted, together)
     size = WIDTH * vectors
 
     @compiled(vectors, summed, dotted, together)
@@ -58,6 +58,7 @@ def walk(vectors: int, summed: bool, dotted: bool, together: int) -> Callable[..
             most = max(most, starts[g + 1] - starts[g])
         mine = aligned(most if dotted else 0, size, x.dtype)
         sums = aligned(most if summed else 0, size, x.dtype)
+        cleared = sums.reshape(-1)
         for b in range(0, x.shape[0], size):
             to_features(x, b, 0, features, n)
             for g in range(first, last):
@@ -65,12 +66,12 @@ def walk(vectors: int, summed: bool, dotted: bool, together: int) -> Callable[..
                 if dotted:
                     to_features(own, b, starts[g], mine, count)
                 if summed:
-                    cleared = sums.reshape(-1)
                     for i in range(count * size):
                         cleared[i] = 0
                 for c in range(pieces):
                     piece, at = features[c * width :], g * pieces + c
-                    run(piece, mine, weights, index, rows, ends, at, begins[at] - start, sums, dots)
+                    k = begins[at] - start
+                    multiply(piece, mine, weights, index, rows, ends, at, k, sums, dots)
                 if summed:
                     to_rows(sums, count, y, b, starts[g])
         for k in range(dots.size):
@@ -81,7 +82,7 @@ def walk(vectors: int, summed: bool, dotted: bool, together: int) -> Callable[..
 
 def _runs_of_a_piece(vectors: int, summed: bool, dotted: bool, together: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
-    def run(
+    def multiply(
         typing: Any,
         x: Any,
         own: Any,
@@ -106,25 +107,26 @@ def _runs_of_a_piece(vectors: int, summed: bool, dotted: bool, together: int) ->
             ends_ = builder.gep(ends_, [builder.mul(args[6], ir.Constant(INDEX, LONGEST + 1))])
             k, size = args[7], WIDTH * vectors
 
-            def dot(totals: list[Any], k: Any) -> None:
-                """Adds them to those of the nonzeros from k on."""
+            def add_dots(totals: list[Any], k: Any) -> None:
+                """To those of the nonzeros from k on."""
                 added = loop.totals(totals)
                 place = builder.bitcast(builder.gep(dots_, [k]), added.type.as_pointer())
                 before = builder.load(place)
                 before.align = 4
                 builder.store(builder.fadd(before, added), place).align = 4
 
-            def run_of(length: int, run: Any, k: Any) -> Any:
+            def run_of(length: int, run: Any, carried: list[Any]) -> list[Any]:
+                (k,) = carried
                 row = builder.mul(loop.number(rows_, run), ir.Constant(INDEX, size))
                 totals: list[Any] = []
                 target = builder.gep(sums_, [row])
                 kept = loop.vectors(target, vectors) if summed else []
                 mine = loop.vectors(builder.gep(own_, [row]), vectors) if dotted else []
                 for i in range(length):
-                    at = builder.add(k, ir.Constant(INDEX, i))
-                    line = loop.vectors(loop.row(x_, index_, at, size), vectors)
+                    here = builder.add(k, ir.Constant(INDEX, i))
+                    line = loop.vectors(loop.row(x_, index_, here, size), vectors)
                     if summed:
-                        weight = loop.spread(builder.load(builder.gep(weights_, [at])))
+                        weight = loop.spread(builder.load(builder.gep(weights_, [here])))
                         kept = [loop.fused(weight, a, s) for a, s in zip(line, kept, strict=True)]
                     if dotted:
                         total = builder.fmul(mine[0], line[0])
@@ -132,26 +134,22 @@ def _runs_of_a_piece(vectors: int, summed: bool, dotted: bool, together: int) ->
                             total = loop.fused(a, b, total)
                         totals.append(total)
                     if totals and (len(totals) == together or i == length - 1):
-                        dot(totals, builder.add(k, ir.Constant(INDEX, i + 1 - len(totals))))
+                        first_of_them = ir.Constant(INDEX, i + 1 - len(totals))
+                        add_dots(totals, builder.add(k, first_of_them))
                         totals = []
                 if summed:
                     loop.store(kept, target)
-                return builder.add(k, ir.Constant(INDEX, length))
+                return [builder.add(k, ir.Constant(INDEX, length))]
 
             for length in range(1, LONGEST + 1):
                 begin, end = (
                     builder.load(builder.gep(ends_, [ir.Constant(INDEX, i)]))
                     for i in (length - 1, length)
                 )
-                (k,) = loop.run(
-                    begin,
-                    end,
-                    [k],
-                    lambda run, carried, length=length: [run_of(length, run, *carried)],
-                )
+                (k,) = loop.run(begin, end, [k], partial(run_of, length))
             return context.get_dummy_value()
 
         at_ = types.int64
         return types.void(x, own, weights, index, rows, ends, at_, at_, sums, dots), generate
 
-    return run
+    return multiply

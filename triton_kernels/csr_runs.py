@@ -19,7 +19,7 @@ from triton_kernels.waves import Index, memory
 
 # Columns of a piece are a number of 16 bits.
 WIDEST = 1 << 16
-# Groups begin at whole lines of the cache, so that two threads never write to the same one.
+# Outputs on a line of the cache, of which two threads had better not write to the same one.
 _LINE = 16
 
 
@@ -45,8 +45,9 @@ def runs_of(
     """The runs of a matrix of n columns, and what groups each thread takes: worked out once
     for an order of a layout.
 
-    order: offsets, index and slots of its compressed rows; width: columns of a piece, up to
-    ``WIDEST``; rows: the most of a group, up to 2^16. Sums of a row do not depend on ``threads``.
+    order: offsets, index (ascending in each row) and slots of its compressed rows; width: columns
+    of a piece, up to ``WIDEST``; rows: the most of a group, up to 2^16. Sums of a row do not depend
+    on ``threads``.
     """
     key = ("runs", n, width, rows, threads)
     return memory.get(order, key, lambda: _runs(order, n, width, rows, threads))
@@ -65,17 +66,17 @@ def _runs(
         begin = len(starts) - 1
         starts += [min(row + rows, last) for row in range(first, last, rows)]
         parts.append((begin, len(starts) - 1))
-    groups = np.array(starts, np.int64)
-    pieces = (len(starts) - 1) * -(-n // width)
-    ends = np.zeros((pieces, LONGEST + 1), np.int64)
-    begins = np.zeros(pieces + 1, np.int64)
-    count(offsets, index, groups, width, ends, begins)
-    runs = np.empty(int(ends[-1, -1]) if pieces else 0, np.uint16)
+    groups, pieces = np.array(starts, np.int64), -(-n // width)
+    size = (len(starts) - 1) * pieces
+    ends, begins = np.zeros((size, LONGEST + 1), np.int64), np.zeros(size + 1, np.int64)
+    count(offsets, index, groups, width, pieces, ends, begins)
+    rows_ = np.empty(int(ends[-1, -1]) if size else 0, np.uint16)
     columns = np.empty(index.size, np.uint16)
     # Unsigned, since the compiler would ask of every other one whether it is negative.
     slots_ = np.empty(slots.size, f"u{slots.itemsize}")
-    sort(offsets, index, slots, groups, width, ends, begins, runs, columns, slots_)
-    return Runs(groups, width, ends, begins, runs, columns, slots_), parts
+    matrix = offsets, index, slots
+    sort(*matrix, groups, width, pieces, ends, begins, rows_, columns, slots_)
+    return Runs(groups, width, ends, begins, rows_, columns, slots_), parts
 
 
 def _cuts(offsets: NDArray[Any], threads: int) -> list[int]:

@@ -11,10 +11,10 @@ LONGEST = 16
 
 
 @compiled()
-def count(offsets, index, starts, width, ends, begins):  # type: ignore[no-untyped-def]
+def count(offsets, index, starts, width, pieces, ends, begins):  # type: ignore[no-untyped-def]
     """Into ``ends`` and ``begins``, which are zero: see ``csr_runs.Runs``. offsets, index:
-    compressed rows. Without the interpreter's lock. Nothing is checked."""
-    pieces = (begins.size - 1) // (starts.size - 1)
+    compressed rows, in each of them ascending; pieces: of each group. Without the interpreter's
+    lock. Nothing is checked."""
     for g in range(starts.size - 1):
         for r in range(starts[g], starts[g + 1]):
             k, end = offsets[r], offsets[r + 1]
@@ -35,11 +35,10 @@ def count(offsets, index, starts, width, ends, begins):  # type: ignore[no-untyp
 
 @compiled()
 def sort(  # type: ignore[no-untyped-def]
-    offsets, index, slots, starts, width, ends, begins, rows, columns, slots_
+    offsets, index, slots, starts, width, pieces, ends, begins, rows, columns, slots_
 ):
     """The same matrix into ``rows``, ``columns`` and ``slots_``, of the sizes that
     ``count`` has found."""
-    pieces = (begins.size - 1) // (starts.size - 1)
     # Of the next run of each length, and of its nonzeros.
     run, place = ends[:, :LONGEST].copy(), ends[:, :LONGEST].copy()
     for at in range(begins.size - 1):

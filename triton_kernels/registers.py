@@ -32,7 +32,7 @@ def gradient_tile(width: int, itemsize: int) -> tuple[int, int]:
 
 def dots_at_once(itemsize: int) -> int:
     """Dot products that are summed up together, with one vector each: a power of two up to 16."""
-    return next(count for count in (16, 8, 4, 2) if count <= max(2, _accumulators(itemsize)))
+    return next(count for count in (16, 8, 4, 2) if count <= _accumulators(itemsize))
 
 
 def _accumulators(itemsize: int) -> int:

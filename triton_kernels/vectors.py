@@ -117,7 +117,7 @@ class Loop:
     def totals(self, vectors: list[Any]) -> Any:
         """The sums of the numbers of each of up to 16 vectors, as one vector of so many."""
         wanted = len(vectors)
-        # Within quarters of a register first: those are the cheapest to mix.
+        # Within 128 bits of single precision first, which are the cheapest to mix.
         for lane, unit in ((4, 2), (4, 1), (WIDTH, 8), (WIDTH, 4)):
             if lane == WIDTH and len(vectors) == 1:
                 vectors = [self._folded(vectors, unit)]
