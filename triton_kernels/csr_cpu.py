@@ -68,7 +68,7 @@ def gradients(
     x: Tensor, dy: Tensor, values: Tensor, col_offsets: Tensor, rows_t: Tensor, slots_t: Tensor
 ) -> tuple[Tensor, Tensor]:
     """That of x, (batch, n_in), and that of the values, (capacity, 1, 1): both products read the
-    same of dy, which here happens once, and takes most of the time of either."""
+    same of dy, which here happens once."""
     dtype, x = x.dtype, _wide(x)
     dx, grad = torch.empty_like(x), _gradient(x, slots_t, len(values))
     _walk(_wide(dy), x, values, (col_offsets, rows_t, slots_t), dx, grad)
