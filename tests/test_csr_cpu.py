@@ -16,6 +16,8 @@ from triton_kernels import csr_cpu, csr_runs
 
 pytest.importorskip("numba")
 
+from triton_kernels import registers
+
 
 def _case(n_out: int, n_in: int, alive: str, dtype: torch.dtype) -> Case:
     return Case(topology_of(Grid.of(n_out, n_in, 1, (1, 1)), alive), dtype)
@@ -68,6 +70,24 @@ def test_pieces_and_groups(nearest: int, least: int, monkeypatch: pytest.MonkeyP
     for alive in ("some", "all"):
         case = _case(30, 100, alive, torch.float64)
         _check(case, torch.randn(70, 100).double(), torch.randn(70, 30).double(), 1e-11)
+
+
+@pytest.mark.parametrize(
+    "features, single, double",
+    [({"avx512f": True}, (4, 16), (2, 8)), ({"avx2": True}, (2, 4), (1, 2)), ({}, (2, 4), (1, 2))],
+)
+def test_as_many_registers_as_others_have(
+    features: dict[str, bool],
+    single: tuple[int, int],
+    double: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """32 of AVX-512, which hold 16 numbers each; 16 of AVX2 and 32 of NEON, which hold fewer."""
+    monkeypatch.setattr(registers, "_features", lambda: features)
+    for itemsize, expected in ((4, single), (8, double)):
+        assert (registers.kept_twice(itemsize), registers.dots_at_once(itemsize)) == expected
+    case = _case(100, 90, "some", torch.float32)
+    _check(case, torch.randn(70, 90), torch.randn(70, 100), 1e-4)
 
 
 @pytest.mark.parametrize("width", [1, 5, 40, 1000])

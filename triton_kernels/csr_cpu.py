@@ -11,10 +11,8 @@ from torch import Tensor
 from triton_kernels import threads
 from triton_kernels.csr_runs import WIDEST, runs_of
 
-# Numbers of the batch at a time, in vectors of 16: no more than the batch fills, and so few that
-# those of one feature take no more bytes than this.
+# Numbers of the batch at a time, in vectors of 16: no more than the batch fills.
 _VECTORS = (1, 2, 4)
-_FEATURE = 256
 # A piece of the features takes so many bytes: most of a core's nearest cache; or of the next one,
 # where the nearest would hold fewer than so many nonzeros of a row.
 _NEAREST = 24 << 10
@@ -97,19 +95,19 @@ def _walk(
     depend on how many there are; each thread copies all of x for itself, a tile at a time."""
     # Not at the top: numba takes a second to import.
     from triton_kernels.csr_numba import walk
-    from triton_kernels.registers import dots_at_once
+    from triton_kernels.registers import dots_at_once, kept_twice
     from triton_kernels.vectors import WIDTH
 
-    batch, columns = x.shape
-    number = WIDTH * x.element_size()
-    fitting = [v for v in _VECTORS if v * number <= _FEATURE]
+    (batch, columns), size = x.shape, x.element_size()
+    fitting = [v for v in _VECTORS if v <= kept_twice(size)] or [1]
     vectors = next((v for v in fitting if WIDTH * v >= batch), fitting[-1])
+    feature = WIDTH * fitting[-1] * size
     rows, nonzeros = len(order[0]) - 1, order[1].numel()
     # By the batch only where it pays: each width takes another order of the nonzeros.
-    width = _NEAREST // _FEATURE
+    width = _NEAREST // feature
     if nonzeros * width < _LEAST * rows * columns:
-        width = min(_NEXT // (vectors * number), WIDEST)
-    group = _ROWS if columns * _FEATURE <= _FAR else 2 * _ROWS
+        width = min(_NEXT // (WIDTH * vectors * size), WIDEST)
+    group = _ROWS if columns * feature <= _FAR else 2 * _ROWS
     runs, parts = runs_of(order, columns, width, group, torch.get_num_threads())
     if nonzeros * batch < _SHARED:
         parts = [(0, len(runs.starts) - 1)]
@@ -121,5 +119,5 @@ def _walk(
         *(none if y is None else y, (none if grad is None else grad).view(-1)),
     )
     x_, own_, weights_, y_, grad_ = (tensor.numpy() for tensor in tensors)
-    kernel = walk(vectors, y is not None, grad is not None, dots_at_once(x.element_size()))
+    kernel = walk(vectors, y is not None, grad is not None, dots_at_once(size))
     threads.run(kernel, [x_, own_, weights_, *runs, y_, grad_], parts)

@@ -30,6 +30,12 @@ def gradient_tile(width: int, itemsize: int) -> tuple[int, int]:
     return next(rows for rows in (16, 8, 4, 2, 1) if rows * vectors <= room), vectors
 
 
+def kept_twice(itemsize: int) -> int:
+    """Vectors that fit twice, with as much room for what is made of them: sums of a row of a
+    matrix, and what its dot products are with. At most 256 bytes, a few lines of the cache."""
+    return min(_accumulators(itemsize) // 3, 256 // (WIDTH * itemsize))
+
+
 def dots_at_once(itemsize: int) -> int:
     """Dot products that are summed up together, with one vector each: a power of two up to 16."""
     return next(count for count in (16, 8, 4, 2) if count <= _accumulators(itemsize))
