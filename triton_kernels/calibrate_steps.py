@@ -47,8 +47,9 @@ LINEAR = (
     Case(4096, 2048, 128, 0.05),
     Case(4096, 4096, 64, 0.05),
 )
-# Single weights where they cost about as much as scattered ones.
+# Single weights, and blocks, where they cost about as much as scattered ones.
 CROWDED = (Case(2048, 2048, 256, 0.5), Case(4096, 4096, 128, 0.4))
+CROWDED_BLOCKS, CROWDED_SIDES = (Case(2048, 2048, 256, 0.85),), (16, 32, 64, 128)
 CONV = (
     Case(64, 64, 8, 0.1, 16),
     Case(64, 64, 2, 0.5, 16),
@@ -116,7 +117,7 @@ class Sample(NamedTuple):
 def samples() -> Iterator[Sample]:
     """What a CPU is measured by."""
     groups = (
-        *((SIDES, LINEAR), ((1,), CROWDED), (SLOW_SIDES, SLOW)),
+        *((SIDES, LINEAR), ((1,), CROWDED), (CROWDED_SIDES, CROWDED_BLOCKS), (SLOW_SIDES, SLOW)),
         *(((1, *CONV_SIDES), CONV), (SLOW_CONV_SIDES, SLOW_CONV)),
     )
     for sides, cases in groups:
