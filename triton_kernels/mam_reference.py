@@ -35,8 +35,10 @@ def winners(x: Tensor, weight: Tensor) -> Winners:
     """x: (batch, n_in), weight: (n_out, n_in), n_in > 0. Of equal products the first one wins; the
     first NaN wins over everything."""
     found = _empty(x, len(weight))
+    # One memory for all pieces: new ones lie elsewhere each time where the heap is in pieces.
+    held = wide(x.new_empty(0))
     for samples, rows in _pieces(len(x), len(weight), x.shape[1]):
-        products = wide(x[samples])[:, None] * wide(weight[rows])
+        products = torch.mul(wide(x[samples])[:, None], wide(weight[rows]), out=held.resize_(0))
         high, arg_max = products.max(dim=2)
         low, arg_min = products.min(dim=2)
         _write(found, samples, rows, high + low, arg_max, arg_min)
