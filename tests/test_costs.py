@@ -52,6 +52,7 @@ def _layer(density: float, **changes: Any) -> costs.Layer:
         (0.05, {"block": (128, 128)}, "sparse"),
         (0.002, {"block": (1, 1)}, "sparse"),
         (0.9, {"block": (1, 1), "rows": 4096, "padded": 4096}, "dense"),
+        (1.0, {"block": (1, 1)}, "dense"),  # which needs no scattering
         (0.02, {"block": (1, 1), "taps": 9, "n_in": 9 * 256}, "dense"),  # there is no such product
         (0.05, {"taps": 9, "n_in": 9 * 256}, "sparse"),
         (0.2, {"n_out": 64, "n_in": 64}, "dense"),  # too little to save
@@ -204,8 +205,10 @@ def test_all_forms_can_be_told_from_what_is_measured() -> None:
         matrix /= np.linalg.norm(matrix, axis=1, keepdims=True) * 1.0
         matrix /= np.linalg.norm(matrix, axis=0)
         assert np.linalg.matrix_rank(matrix, tol=1e-6) == matrix.shape[1]
-        assert {len(each) for each in shipped.NS[form].values()} == {len(parts[0])}
-    assert set(shipped.NS) == set(KNOWN)
+        for forms in shipped.NS.values():
+            assert {len(each) for each in forms[form].values()} == {len(parts[0])}
+    assert all(set(forms) == set(KNOWN) for forms in shipped.NS.values())
+    assert set(shipped.MACHINES) == set(shipped.NS)
 
 
 def test_least_squares_that_are_not_negative() -> None:
@@ -306,14 +309,14 @@ def test_where_figures_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 def test_choices_go_by_what_was_measured_here(cache: Path) -> None:
     """For this number of threads alone."""
-    layer = _layer(0.05)
+    layer, before = _layer(0.05), constants.on_cpu().ns
     assert not constants.on_cpu().own and costs.choose(layer) == "sparse"
     form = costs.sparse_work(layer)[0].form
     slow = {32: (1e3, 0.0, 0.0, 0.0)}
     path = constants.write(constants.cpu(torch.get_num_threads()), {"ns": {form: slow}})
     assert path.parent == cache and [*cache.iterdir()] == [path]
     own = constants.on_cpu()
-    assert own.own and own.ns[form] == slow and own.ns[f"{form} half"] == shipped.NS[f"{form} half"]
+    assert own.own and own.ns[form] == slow and own.ns[f"{form} half"] == before[f"{form} half"]
     assert costs.choose(layer) == "dense" and costs.break_even(layer) < 0.001
     assert next(how_computed({"fc": _trained()})) == (
         "auto goes by times that were measured on this machine"
@@ -344,7 +347,7 @@ def _trained() -> SparseLinear:
     ],
 )
 def test_a_damaged_or_foreign_file_is_ignored_with_one_warning(damage: Any, cache: Path) -> None:
-    machine = constants.cpu(torch.get_num_threads())
+    machine, shipped = constants.cpu(torch.get_num_threads()), constants.on_cpu()
     path = constants.write(machine, {"ns": {"csr_cpu": {1: (0.25, 1.0, 1.0, 1.0)}}})
     assert constants.on_cpu().own
     before = path.read_text()
@@ -354,7 +357,25 @@ def test_a_damaged_or_foreign_file_is_ignored_with_one_warning(damage: Any, cach
     with pytest.warns(UserWarning, match="holds no figures of this machine") as warned:
         choices = [costs.choose(_layer(density)) for density in (0.01, 0.1, 0.9)]
     assert len(warned) == 1 and str(path) in str(warned[0].message)
-    assert constants.on_cpu() == constants.OnCpu(shipped.NS, False) and "sparse" in choices
+    assert constants.on_cpu() == shipped and not shipped.own and "sparse" in choices
+
+
+@pytest.mark.parametrize("text", ["", "vendor_id\t: {maker}\nmodel name\t: One\n"])
+@pytest.mark.parametrize("maker", [*shipped.NS, "Another"])
+def test_shipped_figures_are_those_of_the_maker(
+    maker: str, text: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one's where there are none, or nobody says who it is."""
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: text.format(maker=maker))
+    constants._cpuinfo.cache_clear()
+    constants._on_cpu.cache_clear()
+    try:
+        known = maker if text and maker in shipped.NS else "GenuineIntel"
+        assert constants.on_cpu() == constants.OnCpu(shipped.NS[known], False)
+        assert constants.maker() == (maker if text else "")
+    finally:
+        constants._cpuinfo.cache_clear()
+        constants._on_cpu.cache_clear()
 
 
 def test_a_gpu_that_was_measured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,18 +448,30 @@ def test_commands_that_make_no_sense(
     assert raised.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_shipped_constants_can_be_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("maker", ["GenuineIntel", "Another"])
+def test_shipped_constants_can_be_written(maker: str, tmp_path: Path) -> None:
+    """Of one maker, the others' as they are; a new one begins with those it had to take before."""
     machine = {"processor": "an abacus", "threads": 5, "torch": "2.6.0+cpu"}
     new = {"csr": {1: (1e-5, 3e6, 0.0, 7.5)}, "blocks_tiles": {16: SPARSE, 256: SPARSE}}
-    path = calibrate.ship(tmp_path / "shipped.py", new, machine)
+    path = calibrate.ship(tmp_path / "shipped.py", new, machine, maker)
     text = path.read_text()
-    assert "an abacus, threads: 5, PyTorch 2.6.0.\n" in text
     assert max(map(len, text.splitlines())) <= 100
     module: dict[str, Any] = {}
     exec(text, module)
-    tiles = {**shipped.NS["blocks_tiles"], **new["blocks_tiles"]}
-    assert module["NS"] == {**shipped.NS, "csr": new["csr"], "blocks_tiles": tiles}
-    assert text.splitlines()[:3] == Path(shipped.__file__).read_text().splitlines()[:3]
+    before = shipped.NS["GenuineIntel"]
+    tiles = {**before["blocks_tiles"], **new["blocks_tiles"]}
+    after = {**before, "csr": new["csr"], "blocks_tiles": tiles}
+    assert module["NS"] == {**shipped.NS, maker: after}
+    named = "an abacus, threads: 5, PyTorch 2.6.0"
+    assert module["MACHINES"] == {**shipped.MACHINES, maker: named}
+
+
+def test_what_is_shipped_is_what_would_be_written(tmp_path: Path) -> None:
+    for maker, forms in shipped.NS.items():
+        named, threads, version = shipped.MACHINES[maker].split(", ")
+        machine = {"processor": named, "threads": threads.split()[1], "torch": version.split()[1]}
+        path = calibrate.ship(tmp_path / "shipped.py", forms, machine, maker)
+        assert path.read_text() == Path(shipped.__file__).read_text()
 
 
 def test_shipped_choices_that_no_machine_would_dispute() -> None:

@@ -13,7 +13,7 @@ from largest_tensor import LargestTensor
 from sparse_case import Case, topology_of
 from torch import Tensor, nn
 
-from dst import Change, SparseLinear
+from dst import Change, SparseLinear, Topology
 from growth import Grid
 from triton_kernels import (
     gather,
@@ -182,6 +182,31 @@ def test_columns_as_bits(alive: str, dtype: torch.dtype, monkeypatch: pytest.Mon
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_all_single_weights_lie_dense(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not scattered, unless in another order: the same results, then."""
+    calls: list[None] = []
+    plain = scattered_cpu._share
+    monkeypatch.setattr(scattered_cpu, "_share", lambda *args: calls.append(plain(*args)))
+    torch.manual_seed(0)
+    case = Case(Topology(Grid.of(34, 50, 1, (1, 1)), torch.arange(34 * 50)), dtype)
+    (*offsets, slots), values = case.topology.layout[:3], case.values.detach()
+    x, dy, bias = (torch.randn(*size).to(dtype) for size in ((7, 50), (7, 34), (34,)))
+    found = []
+    for order in (slots, slots.flip(0)):
+        held = torch.empty_like(values)
+        held[order.long()] = values[slots.long()]
+        y = scattered_cpu.forward(x, held, *offsets, order, 34, bias)
+        dx, dvalues = scattered_cpu.backward(dy, x, held, *offsets, order, True, True)
+        found.append([y, dx, dvalues[order.long()]])
+        assert bool(calls) == (order is not slots)
+    torch.testing.assert_close(*found)
+    expected = x.double() @ case.weight.T + bias.double()
+    torch.testing.assert_close(found[0][0].double(), expected, rtol=0.02, atol=0.1)
+    dx, dvalues = scattered_cpu.backward(dy, x, values, *offsets, slots, False, False)
+    assert dx.numel() == dvalues.numel() == 0
+
+
 def test_training_after_inference_mode() -> None:
     layer = SparseLinear(40, 30, density=0.5, compute="dense")
     x = torch.randn(8, 40, requires_grad=True)
@@ -255,16 +280,16 @@ def test_what_is_remembered_of_a_layout_goes_with_it() -> None:
 def test_it_follows_values_and_topology() -> None:
     """Steps of an optimizer, and a change of what is alive, beside a dense twin."""
     torch.manual_seed(0)
-    layer = SparseLinear(40, 30, density=0.3, block=(2, 4), compute="dense")
+    layer = SparseLinear(40, 30, density=0.3, block=(2, 4), compute="dense").double()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    x = torch.randn(8, 40)
+    x = torch.randn(8, 40).double()
     for step in range(4):
         if step == 2:
             dead = torch.arange(150)[~torch.isin(torch.arange(150), layer.topology.keys())]
             slots, _ = layer.topology.edit(Change(layer.topology.keys()[:7], dead[:7]))
             with torch.no_grad():
-                layer.values[slots] = torch.randn(7, 2, 4)
-        twin = nn.Linear(40, 30)
+                layer.values[slots] = torch.randn(7, 2, 4).double()
+        twin = nn.Linear(40, 30).double()
         twin.load_state_dict({"weight": layer.dense_weight(), "bias": layer.bias})
         for module in (layer, twin):
             module.zero_grad()

@@ -11,8 +11,9 @@ They are kept in ``$SPARSEGROW_CACHE``, or else ``$XDG_CACHE_HOME/sparsegrow`` o
 On a GPU, ``auto`` compares a layer's density with the break-even density of its blocks. That part
 has not run on one yet.
 
-``--ship`` writes ``triton_kernels/shipped.py`` instead, where the forms that were not measured stay
-as they are. For all of them: without more, then ``--without numba``, then ``--without numba blas``.
+``--ship`` writes ``triton_kernels/shipped.py`` instead, where the forms that were not measured, and
+processors of other makers, stay as they are. For all of them: without more, then ``--without
+numba``, then ``--without numba blas``.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ns = on_cpu(QUICK_SECONDS if options.quick else SECONDS)
         machine = constants.cpu(torch.get_num_threads())
         if options.ship:
-            path = ship(Path(shipped.__file__), ns, machine)
+            path = ship(Path(shipped.__file__), ns, machine, constants.maker())
         else:
             path = constants.write(machine, {"ns": ns})
             for line in _break_evens():
@@ -202,39 +203,48 @@ def crossing(densities: Sequence[float], gains: Sequence[float]) -> float:
     return 1.0
 
 
-def ship(path: Path, ns: Mapping[str, constants.Sides], machine: Mapping[str, Any]) -> Path:
-    """Write the module of shipped constants, with those of forms that were not measured now left
-    as they are."""
-    merged = {form: dict(sides) for form, sides in shipped.NS.items()}
-    for form, sides in ns.items():
-        merged.setdefault(form, {}).update(sides)
-    lines = []
-    for form, sides in sorted(merged.items()):
-        each = [f"{side}: {sides[side]!r}" for side in sorted(sides)]
-        if len(each) == 1:
-            lines.append(f'    "{form}": {{{each[0]}}},')
-        else:
-            lines += [f'    "{form}": {{', *(f"        {one}," for one in each), "    },"]
+def ship(
+    path: Path, ns: Mapping[str, constants.Sides], machine: Mapping[str, Any], maker: str
+) -> Path:
+    """Write the module of shipped constants, with those of this maker's forms that were not
+    measured now, and of other makers, left as they are. Of a new maker, they are what it had to
+    take before."""
     version = machine["torch"].split("+")[0]
-    path.write_text(
-        SHIPPED.format(
-            machine=f"{machine['processor']}, threads: {machine['threads']}, PyTorch {version}",
-            lines="\n".join(lines),
-        ),
-        encoding="utf-8",
-    )
+    name = f"{machine['processor']}, threads: {machine['threads']}, PyTorch {version}"
+    before = shipped.NS.get(maker, shipped.NS[constants.DEFAULT_MAKER])
+    merged = {form: {**before.get(form, {}), **ns.get(form, {})} for form in {*before, *ns}}
+    lines = []
+    for each, forms in {**shipped.NS, maker: merged}.items():
+        lines.append(f'    "{each}": {{')
+        for form, sides in sorted(forms.items()):
+            one = [f"{side}: {sides[side]!r}" for side in sorted(sides)]
+            if len(one) == 1:
+                lines.append(f'        "{form}": {{{one[0]}}},')
+            else:
+                lines += [
+                    f'        "{form}": {{',
+                    *(f"            {o}," for o in one),
+                    "        },",
+                ]
+        lines.append("    },")
+    machines = {**shipped.MACHINES, maker: name}.items()
+    named = "\n".join(f'    "{each}": "{name}",' for each, name in machines)
+    path.write_text(SHIPPED.format(machines=named, lines="\n".join(lines)), encoding="utf-8")
     return path
 
 
 SHIPPED = '''\
-"""What the cost model takes where nothing was measured on this machine. Written by ``python -m
-triton_kernels.calibrate --ship``.
-
-{machine}.
+"""What the cost model takes where nothing was measured on this machine: what was on one of the same
+maker. Written by ``python -m triton_kernels.calibrate --ship``.
 """
 
-# Nanoseconds by form, then by the smaller side of blocks; of what: see ``costs``.
-NS: dict[str, dict[int, tuple[float, ...]]] = {{
+# By the maker's name in /proc/cpuinfo. The first one's are for all others, too.
+MACHINES = {{
+{machines}
+}}
+
+# Nanoseconds by maker, by form, then by the smaller side of blocks; of what: see ``costs``.
+NS: dict[str, dict[str, dict[int, tuple[float, ...]]]] = {{
 {lines}
 }}
 '''

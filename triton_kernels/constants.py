@@ -29,6 +29,9 @@ MODEL = 1
 # density at which the rooflines of an H200 in half precision meet.
 BREAK_EVEN = {1: 0.005, 16: 0.055, 32: 0.1, 64: 0.17, 128: 0.25}
 
+# Of processors: whose figures are for all makers of which none are shipped.
+DEFAULT_MAKER = next(iter(shipped.NS))
+
 Sides = dict[int, tuple[float, ...]]
 
 
@@ -61,7 +64,8 @@ def on_gpu() -> OnGpu:
 @functools.cache
 def _on_cpu(where: Path, threads: int) -> OnCpu:
     found = _read(where, cpu(threads), _checked_ns)
-    return OnCpu(shipped.NS, False) if found is None else OnCpu({**shipped.NS, **found}, True)
+    known = shipped.NS.get(maker(), shipped.NS[DEFAULT_MAKER])
+    return OnCpu(known, False) if found is None else OnCpu({**known, **found}, True)
 
 
 @functools.cache
@@ -144,7 +148,7 @@ def _checked_ns(found: Mapping[str, Any]) -> dict[str, Sides]:
         for form, sides in found["ns"].items()
     }
     for form, sides in ns.items():
-        parts = {len(each) for each in shipped.NS[form].values()}
+        parts = {len(each) for each in shipped.NS[DEFAULT_MAKER][form].values()}
         if not sides or {len(each) for each in sides.values()} != parts:
             raise ValueError(f"{form} has {sides}")
     return ns
@@ -160,11 +164,20 @@ def _positive(number: Any) -> float:
     return float(number)
 
 
-@functools.cache
+def maker() -> str:
+    """Who made this processor, as /proc/cpuinfo has it; nothing where there is none."""
+    return _cpuinfo("vendor_id")
+
+
 def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def _cpuinfo(name: str) -> str:
+    """Of the first processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")

@@ -103,9 +103,12 @@ def dense_work(layer: Layer) -> Work:
     """FLOPs of the dense products; entries of the weight, written and read, and those beyond what
     a cache holds; single weights, which are scattered and gathered one by one; the step itself."""
     entries = layer.n_out * layer.n_in
-    beyond = max(0, entries - CACHED_BYTES // layer.itemsize)
     singles = layer.alive if layer.block == (1, 1) else 0
-    parts = 6.0 * layer.rows * entries, float(entries), float(beyond), float(singles), 1.0
+    # If all are alive, they lie as a dense weight does.
+    scattered = 0 if singles == entries and not layer.is_convolution else entries
+    beyond = max(0, scattered - CACHED_BYTES // layer.itemsize)
+    moved = float(scattered), float(beyond), float(singles if scattered else 0)
+    parts = 6.0 * layer.rows * entries, *moved, 1.0
     return Work(_dense_form(entries, layer.is_convolution, layer.itemsize), 1, parts)
 
 

@@ -4,6 +4,7 @@ A weight of up to ``PIECE_BYTES`` is scattered once a training step: its backwar
 forward left it, as long as those that wait for their backward take no more than ``WAITING_BYTES``
 together; the oldest go first. Of a larger one, in a linear layer, a piece of the rows is scattered
 at a time, in forward and again in backward. What is scattered is never older than the last forward.
+Single weights that are all alive are not: they lie as a dense weight does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from triton_kernels import threads
@@ -58,8 +60,10 @@ def forward(
     bias: Tensor | None = None,
 ) -> Tensor:
     """x: (batch, n_in) -> x W^T + bias: (batch, n_out)."""
-    y = x.new_empty(len(x), n_out)
     index = row_offsets, cols, slots
+    if _lies_dense(values, index, n_out, x.shape[1]):
+        return linear(x, values.detach().view(n_out, x.shape[1]), bias)
+    y = x.new_empty(len(x), n_out)
     pieces = _pieces(values, index, n_out, x.shape[1])
     scratch = _room(values, (pieces[0].outputs, 1, x.shape[1]))
     for piece in pieces:
@@ -90,8 +94,13 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx, dvalues) of ``forward``, free slots zero; one that is not needed is empty."""
     dx = x.new_empty(x.shape if need_x else 0)
-    dvalues = _gradient(values, cols) if need_values else values.new_empty(0)
     index = row_offsets, cols, slots
+    if _lies_dense(values, index, dy.shape[1], x.shape[1]):
+        if need_x:
+            torch.mm(dy, values.detach().view(dy.shape[1], x.shape[1]), out=dx)
+        dvalues = (dy.T @ x).view(values.shape) if need_values else values.new_empty(0)
+        return dx, dvalues
+    dvalues = _gradient(values, cols) if need_values else values.new_empty(0)
     pieces = _pieces(values, index, dy.shape[1], x.shape[1])
     kept = take(values, index, (dy.shape[1], 1, x.shape[1]))
     room = (pieces[0].outputs, 1, x.shape[1])
@@ -148,9 +157,21 @@ def _gradient(values: Tensor, cols: Tensor) -> Tensor:
     return make(values.shape)
 
 
+def _lies_dense(values: Tensor, index: Index, n_out: int, n_in: int) -> bool:
+    slots = index[2]
+    if values.shape != (n_out * n_in, 1, 1) or slots.numel() != len(values):
+        return False
+    return values.is_contiguous() and memory.get(index, "ordered", lambda: _ordered(slots))
+
+
+def _ordered(slots: Tensor) -> bool:
+    """Whether the values lie in the order of the rows, as they do until a topology has changed."""
+    return np.array_equal(slots.numpy(), np.arange(slots.numel()))
+
+
 class _Bits(NamedTuple):
     """Where single weights are alive, as ``expand_numba`` takes it; and whether they lie in the
-    order of the rows, as they do until a topology has changed."""
+    order of the rows."""
 
     words: Tensor
     ordered: bool
@@ -172,8 +193,7 @@ class _Bits(NamedTuple):
         row_offsets, cols, slots = index
         words = cols.new_zeros(n_out, -(-n_in // WIDTH), dtype=torch.uint16)
         mark(row_offsets.numpy(), cols.numpy(), words.numpy(), 0, n_out)
-        ordered = np.array_equal(slots.numpy(), np.arange(slots.numel()))
-        return cls(words, ordered)
+        return cls(words, _ordered(slots))
 
 
 class _Piece(NamedTuple):
