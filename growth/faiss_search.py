@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from growth.neighbours import (
 )
 from growth.pairs import LinearPairs, Pairs, as_pairs
 
+T = TypeVar("T")
+
 KINDS = ("flat", "ivf", "hnsw", "lsh", "range")
 
 # faiss selects no more neighbours than this a query on a GPU.
@@ -43,6 +46,8 @@ RANGE_PAIRS = 1 << 22
 LSH_LENGTH = 512
 # Share of neighbours above which a whole product is faster than single entries of it.
 GATHER_SHARE = 0.03
+# Queries that are compared with all vectors on one thread, at most.
+SHARE = 128
 SEED = 1234
 
 
@@ -194,21 +199,34 @@ class Faiss:
                 # The other sign's query answers with the products below zero.
                 lowest = max(lowest, np.float32(0))
             radius = np.nextafter(lowest, np.float32(-np.inf))
-        with _matrix_products(_import_faiss()):
-            ends, distances, cols = index.range_search(query, float(radius))
-        of = np.repeat(np.arange(len(query)), np.diff(ends.astype(np.int64)))
+        found = _in_shares(lambda part: index.range_search(part, float(radius)), query)
+        counts, distances, cols = (
+            np.concatenate(parts)
+            for parts in zip(
+                *((np.diff(e.astype(np.int64)), d, c) for e, d, c in found), strict=True
+            )
+        )
+        of = np.repeat(np.arange(len(query)), counts)
         return of, cols, -distances if self.metric == "l2" else distances
 
 
 def exhaustive_search(faiss: Any, device: torch.device) -> tuple[Callable[..., Any], int | None]:
     """(faiss' k-nearest-neighbour function for a device, the most neighbours it gives)."""
     if device.type != "cuda" or not hasattr(faiss, "StandardGpuResources"):
-        return faiss.knn, None
+        return _knn, None
     if faiss.get_num_gpus() == 0:
-        return faiss.knn, None
+        return _knn, None
     resources = faiss.StandardGpuResources()
     resources.setTempMemory(GPU_SCRATCH_BYTES)
     return partial(faiss.knn_gpu, resources, device=device.index or 0), GPU_NEIGHBOURS
+
+
+def _knn(query: Floats, base: Floats, k: int, metric: int) -> tuple[Floats, Keys]:
+    def search(part: Floats) -> tuple[Floats, Keys]:
+        return _import_faiss().knn(part, base, k, metric=metric)  # type: ignore[no-any-return]
+
+    distances, cols = zip(*_in_shares(search, query), strict=True)
+    return np.concatenate(distances), np.concatenate(cols)
 
 
 class _Flat:
@@ -240,8 +258,7 @@ class _Flat:
         faiss = _import_faiss()
         tile = self._base[start:stop]
         metric = faiss.METRIC_L2 if self._l2 else faiss.METRIC_INNER_PRODUCT
-        with _matrix_products(faiss):
-            distances, cols = self._knn(query, tile, min(k, len(tile)), metric=metric)
+        distances, cols = self._knn(query, tile, min(k, len(tile)), metric=metric)
         # An answer that is missing (-1) must not become a column.
         return -distances if self._l2 else distances, np.where(cols < 0, cols, cols + start)
 
@@ -368,6 +385,20 @@ def _one_thread(faiss: Any) -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(before)
+
+
+def _in_shares(search: Callable[[Floats], T], query: Floats) -> list[T]:
+    """The answers to so many queries at a time, each share on one of faiss' threads: its BLAS may
+    round a product otherwise when it is cut for another number of them."""
+    faiss = _import_faiss()
+    shares = np.array_split(query, max(1, -(-len(query) // SHARE)))
+    count = min(faiss.omp_get_max_threads(), len(shares))
+    # The number of threads is a thread's own.
+    with (
+        _matrix_products(faiss),
+        ThreadPoolExecutor(count, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool,
+    ):
+        return list(pool.map(search, shares))
 
 
 @contextmanager

@@ -745,15 +745,15 @@ def test_a_gpu_is_used_where_faiss_can_use_one() -> None:
         get_num_gpus=lambda: 2,
     )
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 1)
-    assert faiss_search.exhaustive_search(module, cpu) == ("on the CPU", None)
+    assert faiss_search.exhaustive_search(module, cpu) == (faiss_search._knn, None)
     knn, most = faiss_search.exhaustive_search(module, cuda)
     assert knn("query", "base", 5, metric=0) == "answer" and most == 2048
     assert used["device"] == 1 and used["metric"] == 0 and used["scratch"] < 1 << 30
     assert isinstance(used["resources"], Resources)
     module.get_num_gpus = lambda: 0
-    assert faiss_search.exhaustive_search(module, cuda) == ("on the CPU", None)
+    assert faiss_search.exhaustive_search(module, cuda) == (faiss_search._knn, None)
     del module.StandardGpuResources
-    assert faiss_search.exhaustive_search(module, cuda) == ("on the CPU", None)
+    assert faiss_search.exhaustive_search(module, cuda) == (faiss_search._knn, None)
 
 
 # Options, and libraries that are not there.
