@@ -207,6 +207,48 @@ def test_all_single_weights_lie_dense(dtype: torch.dtype, monkeypatch: pytest.Mo
     assert dx.numel() == dvalues.numel() == 0
 
 
+@pytest.mark.parametrize("bias", [None, torch.randn(128)])
+@pytest.mark.parametrize("block", [(1, 1), (2, 4), (16, 16)])
+def test_loops_multiply_by_what_is_scattered(
+    block: tuple[int, int], bias: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the BLAS does, and leave the weight for backward; but only where they can."""
+    calls: list[int] = []
+    plain = scattered_cpu.blocks_tiles.forward
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(1)
+        return plain(*args)
+
+    monkeypatch.setattr(scattered_cpu.blocks_tiles, "forward", counted)
+    monkeypatch.setattr(scattered_cpu, "PIECE_BYTES", 1 << 20)
+    for n_out, n_in, dtype in (
+        *((128, 48, torch.float32), (128, 160, torch.float32)),
+        *((128, 40, torch.float32), (120, 48, torch.float32), (128, 48, torch.float64)),
+    ):
+        if bias is not None and n_out != len(bias):
+            continue
+        case = Case(topology_of(Grid.of(n_out, n_in, 1, block), "some"), dtype)
+        can = (n_out, dtype) == (128, torch.float32) and n_in % 16 == 0
+        own = None if bias is None else bias.to(dtype)
+        dy = torch.randn(37, n_out).to(dtype)
+        found = []
+        x = torch.randn(37, n_in).to(dtype).requires_grad_()
+        for by_loops in (True, False):
+            monkeypatch.setattr(scattered_cpu, "by_loops", by_loops)
+            x.grad = case.values.grad = None
+            calls.clear()
+            y = sparse_linear(x, case.values, case.topology.layout, own)
+            assert len(calls) == (by_loops and can) and len(_kept()) == 1
+            y.backward(dy)
+            found.append((y.detach(), x.grad))
+            case.check_gradient(dy.double().T @ x.detach().double(), 1e-4)
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+        expected = x.detach().double() @ case.weight.T + (0 if own is None else own.double())
+        torch.testing.assert_close(found[0][0].double(), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_training_after_inference_mode() -> None:
     layer = SparseLinear(40, 30, density=0.5, compute="dense")
     x = torch.randn(8, 40, requires_grad=True)

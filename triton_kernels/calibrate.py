@@ -115,7 +115,9 @@ def fit(steps: Iterable[Step]) -> dict[str, constants.Sides]:
 
 
 def work_of(step: Step) -> list[costs.Work]:
-    return [costs.dense_work(step.layer)] if step.way == "dense" else costs.sparse_work(step.layer)
+    if step.way == "sparse":
+        return costs.sparse_work(step.layer)
+    return [costs.dense_works(step.layer)[step.way == "loops"]]
 
 
 def least(
@@ -154,13 +156,15 @@ def told(steps: Sequence[Step], ns: Mapping[str, constants.Sides]) -> Iterator[s
     everything = [error for own in errors.values() for error in own]
     for name, own in (*sorted(errors.items()), ("all", everything)):
         yield f"{name:44} {statistics.median(own):7.2f} {max(own):7.2f}  {len(own)}"
-    both = [ways for ways in layers.values() if len(ways) == 2]
+    several = [ways for ways in layers.values() if len(ways) > 1]
     # By the predicted times, then by the measured ones.
-    losses = [min(ways.values())[1] / min(time for _, time in ways.values()) - 1 for ways in both]
+    losses = [
+        min(ways.values())[1] / min(time for _, time in ways.values()) - 1 for ways in several
+    ]
     wrong = sum(loss > 0 for loss in losses)
     yield (
-        f"auto would take the slower of two ways in {wrong} of {len(both)} layers, and lose at "
-        f"most {100 * max(losses, default=0):.0f} %"
+        f"auto would take a slower way than another in {wrong} of {len(several)} layers, and lose "
+        f"at most {100 * max(losses, default=0):.0f} %"
     )
 
 

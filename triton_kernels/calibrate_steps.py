@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from triton_kernels import costs
+from triton_kernels import costs, scattered_cpu
 from triton_kernels.conv import sparse_conv2d
 from triton_kernels.conv_cpu import Geometry
 from triton_kernels.layout import Layout
@@ -48,7 +48,7 @@ LINEAR = (
     Case(4096, 4096, 64, 0.05),
 )
 # Single weights, and blocks, where they cost about as much as scattered ones.
-CROWDED = (Case(2048, 2048, 256, 0.5), Case(4096, 4096, 128, 0.4))
+CROWDED = (Case(2048, 2048, 256, 0.5), Case(4096, 4096, 128, 0.4), Case(2048, 2048, 256, 0.8))
 CROWDED_BLOCKS, CROWDED_SIDES = (Case(2048, 2048, 256, 0.85),), (16, 32, 64, 128)
 CONV = (
     Case(64, 64, 8, 0.1, 16),
@@ -132,7 +132,8 @@ def samples() -> Iterator[Sample]:
 
 
 def steps_of(sample: Sample, device: str = "cpu") -> Iterator[Step]:
-    """One of its sparse products, if there are any, and one with its weight scattered if asked."""
+    """One of its sparse products, if there are any, and, if asked, one for each way to multiply by
+    its weight when it is scattered."""
     case, side, dtype, dense = sample
     layer = sample.layer(device)
     how: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -142,8 +143,15 @@ def steps_of(sample: Sample, device: str = "cpu") -> Iterator[Step]:
     x = torch.randn(case.batch, case.channels, *maps, **how, requires_grad=True)
     dy = torch.randn(case.batch, case.n_out, *maps, **how)
 
-    def step(compute: str) -> Callable[[], object]:
+    def step(compute: str, by_loops: bool = False) -> Callable[[], object]:
         def call() -> object:
+            scattered_cpu.by_loops = by_loops
+            try:
+                return run()
+            finally:
+                scattered_cpu.by_loops = None
+
+        def run() -> object:
             if case.size:
                 y = sparse_conv2d(x, values, layout, (3, 3), padding=(1, 1), compute=compute)
             else:
@@ -156,6 +164,8 @@ def steps_of(sample: Sample, device: str = "cpu") -> Iterator[Step]:
         yield Step(layer, "sparse", step("sparse"), [])
     if dense:
         yield Step(layer, "dense", step("dense"), [])
+        if device == "cpu" and len(costs.dense_works(layer)) > 1:
+            yield Step(layer, "loops", step("dense", by_loops=True), [])
 
 
 def layout_of(layer: costs.Layer) -> Layout:

@@ -148,7 +148,9 @@ def _checked_ns(found: Mapping[str, Any]) -> dict[str, Sides]:
         for form, sides in found["ns"].items()
     }
     for form, sides in ns.items():
-        parts = {len(each) for each in shipped.NS[DEFAULT_MAKER][form].values()}
+        parts = {
+            len(each) for forms in shipped.NS.values() for each in forms.get(form, {}).values()
+        }
         if not sides or {len(each) for each in sides.values()} != parts:
             raise ValueError(f"{form} has {sides}")
     return ns

@@ -61,6 +61,8 @@ class Work(NamedTuple):
 
 # What is larger leaves the caches between one product and the next.
 CACHED_BYTES = 16 << 20
+# A scattered weight of which loops make the forward product.
+LOOPS = "scattered_loops linear"
 # What an item of so many bytes is taken for.
 _DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
@@ -100,8 +102,15 @@ def sparse_step_ns(layer: Layer) -> float:
 
 
 def dense_work(layer: Layer) -> Work:
-    """FLOPs of the dense products; entries of the weight, written and read, and those beyond what
-    a cache holds; single weights, which are scattered and gathered one by one; the step itself."""
+    """The cheapest of ``dense_works``, as far as their times are known."""
+    works = [work for work in dense_works(layer) if _known(work.form)]
+    return min(works, key=lambda work: _sum(work.parts, _each(work.form, 1)))
+
+
+def dense_works(layer: Layer) -> list[Work]:
+    """One for each way that there is; the same counts for all. FLOPs of the dense products; entries
+    of the weight, written and read, and those beyond what a cache holds; single weights, which are
+    scattered and gathered one by one; the step itself."""
     entries = layer.n_out * layer.n_in
     singles = layer.alive if layer.block == (1, 1) else 0
     # If all are alive, they lie as a dense weight does.
@@ -109,7 +118,8 @@ def dense_work(layer: Layer) -> Work:
     beyond = max(0, scattered - CACHED_BYTES // layer.itemsize)
     moved = float(scattered), float(beyond), float(singles if scattered else 0)
     parts = 6.0 * layer.rows * entries, *moved, 1.0
-    return Work(_dense_form(entries, layer.is_convolution, layer.itemsize), 1, parts)
+    shape = layer.n_out, layer.n_in, layer.is_convolution, layer.itemsize
+    return [Work(form, 1, parts) for form in _dense_forms(*shape)]
 
 
 def sparse_work(layer: Layer) -> list[Work]:
@@ -158,14 +168,17 @@ def _constant(function: Callable[P, T]) -> Callable[P, T]:
 
 
 @_constant
-def _dense_form(entries: int, convolution: bool, itemsize: int) -> str:
+def _dense_forms(n_out: int, n_in: int, convolution: bool, itemsize: int) -> list[str]:
     from triton_kernels import scattered_cpu
 
     values = torch.empty(0, dtype=_DTYPES[itemsize])
-    form = "scattered_cpu" if scattered_cpu.available(values, entries) else "scattered"
+    own = scattered_cpu.available(values, n_out * n_in)
+    form = "scattered_cpu" if own else "scattered"
     form += " conv" if convolution else " linear"
+    if own and not convolution and scattered_cpu.can_loop(n_out, n_in, itemsize):
+        return [form, LOOPS]
     # Whether a machine multiplies half precision as it is makes all the difference.
-    return form + " half" if itemsize == 2 else form
+    return [form + " half" if itemsize == 2 else form]
 
 
 @_constant
@@ -176,6 +189,11 @@ def _sparse_form(convolution: bool, bh: int, bw: int, itemsize: int) -> str:
     x = torch.empty(0, dtype=_DTYPES[itemsize])
     form = conv_form(x, (bh, bw)) if convolution else linear_form(x, (bh, bw))
     return form.name if form else ""
+
+
+@_constant
+def _known(form: str) -> bool:
+    return form in constants.on_cpu().ns
 
 
 @_constant

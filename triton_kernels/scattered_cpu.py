@@ -5,6 +5,9 @@ forward left it, as long as those that wait for their backward take no more than
 together; the oldest go first. Of a larger one, in a linear layer, a piece of the rows is scattered
 at a time, in forward and again in backward. What is scattered is never older than the last forward.
 Single weights that are all alive are not: they lie as a dense weight does.
+
+What is scattered is multiplied by PyTorch's BLAS. The forward product of a linear layer may be left
+to the loops of ``blocks_tiles`` instead, to which rows are blocks: ``costs`` says where.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from triton_kernels import threads
+from triton_kernels import blocks_tiles, costs, threads
 from triton_kernels.waves import memory, version
 
 # Larger pieces of memory come from the system anew each time (32 MB with glibc), a page at a time.
@@ -34,6 +37,11 @@ LEAST_ENTRIES = 1 << 16
 _SHARED = 1 << 18
 # Share of single weights from which bits say where they are rather than column numbers.
 _CROWDED = 1 / 32
+
+# Rows of a dense weight that are a block of it.
+_HEIGHT = 64
+# Who makes the forward product of a linear layer: loops or the BLAS. None: as ``costs`` has it.
+by_loops: bool | None = None
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -63,17 +71,22 @@ def forward(
     index = row_offsets, cols, slots
     if _lies_dense(values, index, n_out, x.shape[1]):
         return linear(x, values.detach().view(n_out, x.shape[1]), bias)
-    y = x.new_empty(len(x), n_out)
     pieces = _pieces(values, index, n_out, x.shape[1])
     scratch = _room(values, (pieces[0].outputs, 1, x.shape[1]))
-    for piece in pieces:
-        weight = scratch[: piece.outputs]
-        _scatter(values, piece, weight)
-        out = y[:, piece.rows]
-        if bias is None:
-            torch.mm(x, weight[:, 0].T, out=out)
-        else:
-            torch.addmm(bias[piece.rows], x, weight[:, 0].T, out=out)
+    if _by_loops(x, values, n_out):
+        _scatter(values, pieces[0], scratch)
+        order = memory.get(index, ("rows", n_out), lambda: _rows_as_blocks(n_out))
+        y = blocks_tiles.forward(x, scratch.view(-1, _HEIGHT, x.shape[1]), *order, n_out, bias)
+    else:
+        y = x.new_empty(len(x), n_out)
+        for piece in pieces:
+            weight = scratch[: piece.outputs]
+            _scatter(values, piece, weight)
+            out = y[:, piece.rows]
+            if bias is None:
+                torch.mm(x, weight[:, 0].T, out=out)
+            else:
+                torch.addmm(bias[piece.rows], x, weight[:, 0].T, out=out)
     # Only the gradient of x needs it again.
     if x.requires_grad and len(pieces) == 1:
         keep(scratch, values, index)
@@ -155,6 +168,28 @@ def _gradient(values: Tensor, cols: Tensor) -> Tensor:
     """Every alive block is written whole; only free slots need zeros."""
     make = values.new_empty if len(values) == cols.numel() else values.new_zeros
     return make(values.shape)
+
+
+def can_loop(n_out: int, n_in: int, itemsize: int) -> bool:
+    """Whether loops could make the forward product. Larger weights are in pieces; half precision
+    is multiplied as it is by some machines."""
+    whole = n_out % _HEIGHT == 0 and n_in % 16 == 0 and n_out * n_in * itemsize <= PIECE_BYTES
+    return itemsize == 4 and whole and blocks_tiles.available(torch.empty(0), (_HEIGHT, n_in))
+
+
+def _by_loops(x: Tensor, values: Tensor, n_out: int) -> bool:
+    n_in, block = x.shape[1], (values.shape[1], values.shape[2])
+    if by_loops is not None:
+        return by_loops and can_loop(n_out, n_in, x.element_size())
+    rows, alive, size = len(x), len(values), x.element_size()
+    layer = costs.Layer(n_out, n_in, 1, block, alive, rows, rows, size, "cpu")
+    return costs.dense_work(layer).form == costs.LOOPS
+
+
+def _rows_as_blocks(n_out: int) -> Index:
+    """A dense weight as a sparse one: blocks of as many columns as it has, all alive."""
+    ends = torch.arange(n_out // _HEIGHT + 1, dtype=torch.int32)
+    return ends, torch.zeros_like(ends[1:]), ends[:-1]
 
 
 def _lies_dense(values: Tensor, index: Index, n_out: int, n_in: int) -> bool:
