@@ -4,14 +4,15 @@
     python benchmarks/block_sparse.py --only square      # or another group, auto, page
     python benchmarks/block_sparse.py --device cuda --dtype bfloat16 --batches 4096
 
-``ours`` never forms the weight; ``scattered`` is the other way that a layer may take; ``dense`` is
-``nn.Linear`` or ``nn.Conv2d``; ``bsr`` PyTorch's block-sparse format, which has a forward product
-alone. ``forward``: without gradients. ``step``: forward, both gradients and SGD. Medians of calls
-in turns, and half the distance between their quartiles -> results/block_sparse.csv. What is
-measured while others have the processors is measured again.
+``ours`` never forms the weight; ``scattered`` is the other way that a layer may take; ``auto``
+takes one of the two; ``dense`` is ``nn.Linear`` or ``nn.Conv2d``; ``bsr`` PyTorch's block-sparse
+format, which has a forward product alone. ``forward``: without gradients. ``step``: forward, both
+gradients and SGD. Medians of calls in turns, and half the distance between their quartiles ->
+results/block_sparse.csv. What is measured while others have the processors is measured again.
 
-``auto``: which way it would take in these rows, by what ``python -m triton_kernels.calibrate`` last
-measured here, and at what cost. ``page``: the table and the plot of docs/products.md.
+``--only auto``: which way it would take in the rows of this machine, by what ``python -m
+triton_kernels.calibrate`` last measured here, and at what cost. ``page``: the tables and the plots
+of docs/products.md, of every machine that has rows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,8 @@ NAME = "block_sparse"
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 COLOURS = {1: "tab:blue", 16: "tab:orange", 32: "tab:green", 64: "tab:red", 128: "tab:purple"}
 REPEATS, MOST_SECONDS = 7, 6.0
+# Density from which on `auto` may lose to a dense layer.
+LEAST_DISPUTED = 0.2
 
 
 class Case(NamedTuple):
@@ -90,7 +93,7 @@ class Sweep(NamedTuple):
 
     batches: tuple[int, ...]
     blocks: tuple[int, ...] = (1, 16, 32, 64, 128)
-    densities: tuple[float, ...] = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
+    densities: tuple[float, ...] = (0.9, 0.7, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 
 
 GROUPS = {
@@ -122,10 +125,11 @@ def main() -> None:
         for batch in options.batches or sweep.batches:
             for row in measure(case, batch, blocks, densities, how):
                 record.append(NAME, [row])
+    machines = _rows(options.device, options.dtype)
     if "auto" in options.only:
-        auto(_rows(options.device, options.dtype))
+        auto(machines.get(record.circumstances()["hardware"], []))
     if "page" in options.only:
-        page(_rows(options.device, options.dtype))
+        page(machines)
 
 
 def measure(
@@ -144,10 +148,13 @@ def measure(
             ours = case.sparse(block, density, "sparse", **how)
             keys = {"keys": ours.topology.keys()}
             scattered = case.sparse(block, density, "dense", **keys, **how)
-            layers: dict[str, nn.Module] = {"ours": ours, "scattered": scattered}
+            free = case.sparse(block, density, "auto", **keys, **how)
+            layers: dict[str, nn.Module] = {"ours": ours, "scattered": scattered, "auto": free}
             layers["dense"] = case.dense(**how)
             calls = {
-                "forward": {name: _forward(layer, x) for name, layer in layers.items()},
+                "forward": {
+                    name: _forward(layer, x) for name, layer in layers.items() if name != "auto"
+                },
                 "step": {name: _step(layer, x, dy) for name, layer in layers.items()},
             }
             if not case.size and block >= 16:
@@ -226,17 +233,23 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _rows(device: str, dtype: str) -> list[dict[str, str]]:
-    """Those of this hardware and number of threads; of what was measured twice, the later."""
-    here = {**record.circumstances(), "threads": str(torch.get_num_threads())}
+def _rows(device: str, dtype: str) -> dict[str, list[dict[str, str]]]:
+    """By hardware, the last measured first: with as many threads as here, of what was measured
+    twice the later."""
     keys = ("layer", "batch", "block", "density", "what", "way")
-    found = {}
+    threads, kind = str(torch.get_num_threads()), device.split(":")[0]
+    found: dict[str, dict[tuple[str, ...], dict[str, str]]] = {}
     with (record.RESULTS / f"{NAME}.csv").open(newline="") as file:
         for row in csv.DictReader(file):
-            same = all(row[key] == here[key] for key in ("hardware", "threads", "torch"))
-            if same and (row["device"], row["dtype"]) == (device.split(":")[0], dtype):
-                found[tuple(row[key] for key in keys)] = row
-    return list(found.values())
+            if (row["device"], row["dtype"], row["threads"]) == (kind, dtype, threads):
+                own = found.setdefault(row["hardware"], {})
+                own[tuple(row[key] for key in keys)] = row
+    machines = {hardware: list(own.values()) for hardware, own in found.items()}
+    return dict(sorted(machines.items(), key=lambda one: _last(one[1])["date"], reverse=True))
+
+
+def _last(rows: list[dict[str, str]]) -> dict[str, str]:
+    return max(rows, key=lambda row: row["date"])
 
 
 def _cost(row: dict[str, str]) -> costs.Layer:
@@ -270,11 +283,18 @@ def auto(rows: list[dict[str, str]]) -> None:
         )
 
 
-def page(rows: list[dict[str, str]]) -> None:
+def page(machines: dict[str, list[dict[str, str]]]) -> None:
     path = DOCS / "products.md"
-    path.write_text(replaced(path.read_text(), "products:steps", _table(rows)))
+    sections = []
+    for hardware, rows in machines.items():
+        picture = f"block-sparse-{hardware.split()[0].partition('(')[0].lower()}.png"
+        _plot(rows, DOCS / "images" / picture)
+        steps = [row for row in rows if row["what"] == "step"]
+        sections += [f"### {hardware}", _table(steps), _auto_table(steps)]
+        sections.append(f"![time against density, {hardware}](images/{picture})")
+    text = "\n\n".join(section for section in sections if section)
+    path.write_text(replaced(path.read_text(), "products:steps", text))
     print(path)
-    _plot(rows)
 
 
 def _place(layer: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -283,43 +303,86 @@ def _place(layer: tuple[Any, ...]) -> tuple[Any, ...]:
     return [case.name for case in CASES].index(name), *others
 
 
-def _table(rows: list[dict[str, str]]) -> str:
-    """How many times faster than dense a step is, a line a layer and block."""
-    steps = [row for row in rows if row["what"] == "step"]
-    densities = sorted({float(row["density"]) for row in steps}, reverse=True)
+class _Line(NamedTuple):
+    """Milliseconds of a layer's steps, by (way, density)."""
+
+    name: str
+    batch: int
+    block: int
+    ms: dict[tuple[str, float], float]
+
+
+def _lines(steps: list[dict[str, str]]) -> list[_Line]:
     lines: dict[tuple[str, int, int], dict[tuple[str, float], float]] = {}
     for row in steps:
         line = lines.setdefault((row["layer"], int(row["batch"]), int(row["block"])), {})
         line[row["way"], float(row["density"])] = float(row["ms"])
-    head = ["layer", "batch", "block", "dense, ms", *(f"density {d:g}" for d in densities)]
-    text = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for (layer, batch, block), ms in sorted(lines.items(), key=lambda line: _place(line[0])):
+    return [_Line(*key, ms) for key, ms in sorted(lines.items(), key=lambda line: _place(line[0]))]
+
+
+def _table(steps: list[dict[str, str]]) -> str:
+    """How many times faster than dense a step is, a line a layer and block."""
+    lines = _lines(steps)
+    densities = sorted({float(row["density"]) for row in steps}, reverse=True)
+    text = _head(["layer", "batch", "block", "dense, ms", *(f"density {d:g}" for d in densities)])
+    for layer, batch, block, ms in lines:
         dense = statistics.median(value for (way, _), value in ms.items() if way == "dense")
         ratios = (ms["dense", d] / ms["ours", d] if ("ours", d) in ms else None for d in densities)
-        cells = ["" if ratio is None else f"{ratio:.2g}" for ratio in ratios]
-        text.append(f"| {layer} | {batch} | {block} | {dense:.1f} | {' | '.join(cells)} |")
-    last = max(steps, key=lambda row: row["date"])
-    text.append("")
-    text.append(
-        f"{last['hardware']}, {last['threads']} threads, PyTorch {last['torch']}, {last['date']}. "
-        "Times of one training step, each dense step beside its sparse one."
-    )
-    scattered = [
-        ms["scattered", d] / ms["dense", d]
-        for ms in lines.values()
-        for way, d in ms
-        if way == "scattered"
+        text.append(f"| {layer} | {batch} | {block} | {dense:.1f} | {_cells(ratios, '.2g')} |")
+    last = _last(steps)
+    scattered = _against_dense(lines, "scattered")
+    text += [
+        "",
+        f"{last['threads']} threads, PyTorch {last['torch']}, {last['date']}. Times of one step of "
+        "training, each dense step beside its sparse one. With a scattered weight, which is "
+        f"`dense` as a way to compute, it takes {statistics.median(scattered):.2f} times as long "
+        f"as dense in the median, {max(scattered):.2f} at most.",
     ]
-    text.append("")
-    text.append(
-        "With a scattered weight, which is `dense` as a way to compute, a step takes "
-        f"{statistics.median(scattered):.2f} times as long as dense in the median of all that is "
-        f"in this table, {max(scattered):.2f} at most."
-    )
     return "\n".join(text)
 
 
-def _plot(rows: list[dict[str, str]]) -> None:
+def _auto_table(steps: list[dict[str, str]]) -> str:
+    """How many times as long as dense a step takes where the two ways come near each other."""
+    lines = _lines(steps)
+    densities = sorted({d for line in lines for way, d in line.ms if way == "auto"}, reverse=True)
+    densities = [d for d in densities if d >= LEAST_DISPUTED]
+    if not densities:
+        return ""
+    text = _head(["layer", "batch", "block", *(f"density {d:g}" for d in densities)])
+    for layer, batch, block, ms in lines:
+        ratios = [ms["auto", d] / ms["dense", d] if ("auto", d) in ms else None for d in densities]
+        if any(ratios):
+            text.append(f"| {layer} | {batch} | {block} | {_cells(ratios, '.2f')} |")
+    found = _against_dense(lines, "auto")
+    return "\n".join(
+        [
+            f"What `auto` takes, as times of dense: {max(found):.2f} at most in all of these rows, "
+            f"{statistics.median(found):.2f} in the median. Near a dense weight:",
+            "",
+            *text,
+        ]
+    )
+
+
+def _head(names: list[str]) -> list[str]:
+    return [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+
+
+def _cells(numbers: Iterable[float | None], form: str) -> str:
+    return " | ".join("" if number is None else f"{number:{form}}" for number in numbers)
+
+
+def _against_dense(lines: list[_Line], wanted: str) -> list[float]:
+    """Times of a way as multiples of dense."""
+    return [
+        line.ms[way, d] / line.ms["dense", d]
+        for line in lines
+        for way, d in line.ms
+        if way == wanted
+    ]
+
+
+def _plot(rows: list[dict[str, str]], path: Path) -> None:
     """Speed-up of a step over dense, against density, a panel a layer."""
     import matplotlib
 
@@ -353,9 +416,8 @@ def _plot(rows: list[dict[str, str]]) -> None:
     for ax in axes.flat[len(layers) :]:
         ax.set_axis_off()
     axes.flat[0].legend(fontsize=7)
-    figure.suptitle("A training step (forward, both gradients, SGD) on the CPU")
+    figure.suptitle(f"A training step (forward, both gradients, SGD) on {rows[0]['hardware']}")
     figure.tight_layout()
-    path = DOCS / "images" / "block-sparse.png"
     figure.savefig(path, dpi=110)
     print(path)
 
