@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import statistics
 import sys
 import time
@@ -123,8 +124,8 @@ def main() -> None:
         sweep = GROUPS[case.group]
         blocks, densities = (options.blocks or sweep.blocks, options.densities or sweep.densities)
         for batch in options.batches or sweep.batches:
-            for row in measure(case, batch, blocks, densities, how):
-                record.append(NAME, [row])
+            for rows in measure(case, batch, blocks, densities, how):
+                record.append(NAME, rows)
     machines = _rows(options.device, options.dtype)
     if "auto" in options.only:
         auto(machines.get(record.circumstances()["hardware"], []))
@@ -138,7 +139,8 @@ def measure(
     blocks: Sequence[int],
     densities: Sequence[float],
     how: dict[str, Any],
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one kind of call at a time."""
     x = case.input(batch, **how)
     dy = torch.randn_like(case.dense(**how)(x))
     for block in blocks:
@@ -165,10 +167,10 @@ def measure(
                 if times_of is None:
                     print("disturbed each time, no rows:", case.name, batch, block, density, what)
                     continue
-                for name, times in times_of.items():
-                    low, middle, high = statistics.quantiles(times, n=4)
-                    shape = ours.cost(*ours._rows(x))
-                    yield {
+                shape = ours.cost(*ours._rows(x))
+                quartiles = {n: statistics.quantiles(times, n=4) for n, times in times_of.items()}
+                yield [
+                    {
                         **{"group": case.group, "layer": case.name, "batch": batch},
                         **{"n_out": shape.n_out, "n_in": shape.n_in, "taps": shape.taps},
                         **{"rows": shape.rows, "padded": shape.padded, "block": block},
@@ -177,6 +179,8 @@ def measure(
                         **{"device": how["device"].type, "dtype": str(how["dtype"])[6:]},
                         "threads": torch.get_num_threads(),
                     }
+                    for name, (low, middle, high) in quartiles.items()
+                ]
             print(case.name, batch, block, density, flush=True)
 
 
@@ -234,8 +238,8 @@ def _wait(device: torch.device) -> None:
 
 
 def _rows(device: str, dtype: str) -> dict[str, list[dict[str, str]]]:
-    """By hardware, the last measured first: with as many threads as here, of what was measured
-    twice the later."""
+    """By hardware, the last measured first: with as many threads as here, by the PyTorch that was
+    used last; of what was measured twice the later."""
     keys = ("layer", "batch", "block", "density", "what", "way")
     threads, kind = str(torch.get_num_threads()), device.split(":")[0]
     found: dict[str, dict[tuple[str, ...], dict[str, str]]] = {}
@@ -244,7 +248,10 @@ def _rows(device: str, dtype: str) -> dict[str, list[dict[str, str]]]:
             if (row["device"], row["dtype"], row["threads"]) == (kind, dtype, threads):
                 own = found.setdefault(row["hardware"], {})
                 own[tuple(row[key] for key in keys)] = row
-    machines = {hardware: list(own.values()) for hardware, own in found.items()}
+    machines = {}
+    for hardware, own in found.items():
+        version = _last([*own.values()])["torch"]
+        machines[hardware] = [row for row in own.values() if row["torch"] == version]
     return dict(sorted(machines.items(), key=lambda one: _last(one[1])["date"], reverse=True))
 
 
@@ -284,10 +291,13 @@ def auto(rows: list[dict[str, str]]) -> None:
 
 
 def page(machines: dict[str, list[dict[str, str]]]) -> None:
+    if not machines:
+        raise SystemExit("there are no rows of this device, dtype and number of threads")
     path = DOCS / "products.md"
     sections = []
     for hardware, rows in machines.items():
-        picture = f"block-sparse-{hardware.split()[0].partition('(')[0].lower()}.png"
+        name = re.sub("[^a-z0-9]+", "-", hardware.lower()).strip("-")
+        picture = f"block-sparse-{name}.png"
         _plot(rows, DOCS / "images" / picture)
         steps = [row for row in rows if row["what"] == "step"]
         sections += [f"### {hardware}", _table(steps), _auto_table(steps)]
@@ -317,7 +327,11 @@ def _lines(steps: list[dict[str, str]]) -> list[_Line]:
     for row in steps:
         line = lines.setdefault((row["layer"], int(row["batch"]), int(row["block"])), {})
         line[row["way"], float(row["density"])] = float(row["ms"])
-    return [_Line(*key, ms) for key, ms in sorted(lines.items(), key=lambda line: _place(line[0]))]
+    whole = {
+        key: {(way, d): one for (way, d), one in ms.items() if {("dense", d), ("ours", d)} <= {*ms}}
+        for key, ms in lines.items()
+    }
+    return [_Line(*key, ms) for key, ms in sorted(whole.items(), key=lambda line: _place(line[0]))]
 
 
 def _table(steps: list[dict[str, str]]) -> str:
@@ -356,8 +370,8 @@ def _auto_table(steps: list[dict[str, str]]) -> str:
     found = _against_dense(lines, "auto")
     return "\n".join(
         [
-            f"What `auto` takes, as times of dense: {max(found):.2f} at most in all of these rows, "
-            f"{statistics.median(found):.2f} in the median. Near a dense weight:",
+            f"What `auto` takes, as times of dense: {max(found):.2f} at most at all densities "
+            f"above, {statistics.median(found):.2f} in the median. At the largest of them:",
             "",
             *text,
         ]

@@ -388,12 +388,12 @@ def _one_thread(faiss: Any) -> Iterator[None]:
 
 
 def _in_shares(search: Callable[[Floats], T], query: Floats) -> list[T]:
-    """The answers to so many queries at a time, each share on one of faiss' threads: its BLAS may
-    round a product otherwise when it is cut for another number of them."""
+    """The answers to at most ``SHARE`` queries at a time, each share on one thread: the BLAS of
+    faiss may round differently on another number of threads."""
     faiss = _import_faiss()
     shares = np.array_split(query, max(1, -(-len(query) // SHARE)))
     count = min(faiss.omp_get_max_threads(), len(shares))
-    # The number of threads is a thread's own.
+    # OpenMP keeps this number for each thread.
     with (
         _matrix_products(faiss),
         ThreadPoolExecutor(count, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool,

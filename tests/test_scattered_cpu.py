@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from dst import Change, SparseLinear, Topology
 from growth import Grid
 from triton_kernels import (
+    constants,
+    costs,
     gather,
     registers,
     scatter,
@@ -234,17 +236,23 @@ def test_loops_multiply_by_what_is_scattered(
         dy = torch.randn(37, n_out).to(dtype)
         found = []
         x = torch.randn(37, n_in).to(dtype).requires_grad_()
-        for by_loops in (True, False):
+        for by_loops, slow in ((True, 1.0), (False, 0.0), (None, 0.0), (None, 1.0)):
+            ns = {"scattered_cpu linear": {1: (0.5, *4 * [0.0])}, costs.LOOPS: {1: 5 * (slow,)}}
+            monkeypatch.setattr(constants, "on_cpu", lambda ns=ns: constants.OnCpu(ns, True))
             monkeypatch.setattr(scattered_cpu, "by_loops", by_loops)
             x.grad = case.values.grad = None
             calls.clear()
             y = sparse_linear(x, case.values, case.topology.layout, own)
-            assert len(calls) == (by_loops and can) and len(_kept()) == 1
+            loops = slow == 0 if by_loops is None else by_loops
+            assert len(calls) == (loops and can) and len(_kept()) == 1
             y.backward(dy)
             found.append((y.detach(), x.grad))
             case.check_gradient(dy.double().T @ x.detach().double(), 1e-4)
-        for a, b in zip(*found, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+            none = sparse_linear(x[:0].detach(), case.values.detach(), case.topology.layout, own)
+            assert none.shape == (0, n_out)
+        for other in found[1:]:
+            for a, b in zip(found[0], other, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
         expected = x.detach().double() @ case.weight.T + (0 if own is None else own.double())
         torch.testing.assert_close(found[0][0].double(), expected, rtol=1e-5, atol=1e-4)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--without is for --ship: what is kept for a machine is what it has")
     if options.ship and options.device != "cpu":
         parser.error("--ship is for the CPU: leave one of --ship and --device out")
+    if options.ship and not constants.maker():
+        parser.error("--ship is for processors whose maker /proc/cpuinfo tells: leave it out")
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads {options.threads} must be at least 1")
     torch.set_num_threads(options.threads or torch.get_num_threads())
@@ -211,8 +214,7 @@ def ship(
     path: Path, ns: Mapping[str, constants.Sides], machine: Mapping[str, Any], maker: str
 ) -> Path:
     """Write the module of shipped constants, with those of this maker's forms that were not
-    measured now, and of other makers, left as they are. Of a new maker, they are what it had to
-    take before."""
+    measured now, and of other makers, left as they are. A new maker starts from the default's."""
     version = machine["torch"].split("+")[0]
     name = f"{machine['processor']}, threads: {machine['threads']}, PyTorch {version}"
     before = shipped.NS.get(maker, shipped.NS[constants.DEFAULT_MAKER])
@@ -232,14 +234,14 @@ def ship(
                 ]
         lines.append("    },")
     machines = {**shipped.MACHINES, maker: name}.items()
-    named = "\n".join(f'    "{each}": "{name}",' for each, name in machines)
+    named = "\n".join(f'    "{each}": {json.dumps(name)},' for each, name in machines)
     path.write_text(SHIPPED.format(machines=named, lines="\n".join(lines)), encoding="utf-8")
     return path
 
 
 SHIPPED = '''\
-"""What the cost model takes where nothing was measured on this machine: what was on one of the same
-maker. Written by ``python -m triton_kernels.calibrate --ship``.
+"""What the cost model takes where nothing was measured on this machine: what was measured on one of
+the same maker. Written by ``python -m triton_kernels.calibrate --ship``.
 """
 
 # By the maker's name in /proc/cpuinfo. The first one's are for all others, too.

@@ -103,8 +103,12 @@ def sparse_step_ns(layer: Layer) -> float:
 
 def dense_work(layer: Layer) -> Work:
     """The cheapest of ``dense_works``, as far as their times are known."""
-    works = [work for work in dense_works(layer) if _known(work.form)]
-    return min(works, key=lambda work: _sum(work.parts, _each(work.form, 1)))
+    best, *others = dense_works(layer)
+    # Not ``min``, which not every version of ``torch.compile`` can trace with a key.
+    for work in others:
+        if _known(work.form) and _ns(work) < _ns(best):
+            best = work
+    return best
 
 
 def dense_works(layer: Layer) -> list[Work]:
@@ -112,14 +116,14 @@ def dense_works(layer: Layer) -> list[Work]:
     of the weight, written and read, and those beyond what a cache holds; single weights, which are
     scattered and gathered one by one; the step itself."""
     entries = layer.n_out * layer.n_in
+    beyond = max(0, entries - CACHED_BYTES // layer.itemsize)
     singles = layer.alive if layer.block == (1, 1) else 0
-    # If all are alive, they lie as a dense weight does.
-    scattered = 0 if singles == entries and not layer.is_convolution else entries
-    beyond = max(0, scattered - CACHED_BYTES // layer.itemsize)
-    moved = float(scattered), float(beyond), float(singles if scattered else 0)
-    parts = 6.0 * layer.rows * entries, *moved, 1.0
-    shape = layer.n_out, layer.n_in, layer.is_convolution, layer.itemsize
-    return [Work(form, 1, parts) for form in _dense_forms(*shape)]
+    forms = _dense_forms(layer.n_out, layer.n_in, layer.is_convolution, layer.itemsize)
+    moved = float(entries), float(beyond), float(singles)
+    if singles == entries and forms[0].startswith("scattered_cpu linear"):
+        # They lie as a dense weight does.
+        forms, moved = forms[:1], (0.0, 0.0, 0.0)
+    return [Work(form, 1, (6.0 * layer.rows * entries, *moved, 1.0)) for form in forms]
 
 
 def sparse_work(layer: Layer) -> list[Work]:
@@ -146,9 +150,13 @@ def ns_of(works: list[Work], known: Mapping[str, constants.Sides]) -> float:
 
 
 def _step_ns(layer: Layer, works: list[Work]) -> float:
-    ns = sum(_sum(parts, _each(form, side)) for form, side, parts in works)
+    ns = sum(_ns(work) for work in works)
     # Double precision fills half as many numbers into a vector, and twice the memory.
     return 2 * ns if layer.itemsize == 8 else ns
+
+
+def _ns(work: Work) -> float:
+    return _sum(work.parts, _each(work.form, work.side))
 
 
 def _sum(parts: tuple[float, ...], each: tuple[float, ...]) -> float:

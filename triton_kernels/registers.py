@@ -60,8 +60,12 @@ def fused() -> bool:
 
 
 def expands() -> bool:
-    """Whether it spreads the next numbers of a row over a vector by a mask, in one instruction."""
-    return bool(_features().get("avx512f"))
+    """Whether it spreads the next numbers of a row over a vector by a mask, in one instruction, and
+    numba compiles for that: it may have been told to take the processor for another one."""
+    from numba.core.registry import cpu_target
+
+    *_, features = cpu_target.target_context.codegen().magic_tuple()
+    return "+avx512f" in features.split(",")
 
 
 @cache

@@ -7,7 +7,7 @@ at a time, in forward and again in backward. What is scattered is never older th
 Single weights that are all alive are not: they lie as a dense weight does.
 
 What is scattered is multiplied by PyTorch's BLAS. The forward product of a linear layer may be left
-to the loops of ``blocks_tiles`` instead, to which rows are blocks: ``costs`` says where.
+to the loops of ``blocks_tiles`` instead, which take every 64 rows as a block: ``costs`` says where.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ _CROWDED = 1 / 32
 
 # Rows of a dense weight that are a block of it.
 _HEIGHT = 64
-# Who makes the forward product of a linear layer: loops or the BLAS. None: as ``costs`` has it.
+# Whether loops make the forward product of a linear layer where they can, or the BLAS always. None:
+# whichever is faster by ``costs``.
 by_loops: bool | None = None
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -73,7 +74,7 @@ def forward(
         return linear(x, values.detach().view(n_out, x.shape[1]), bias)
     pieces = _pieces(values, index, n_out, x.shape[1])
     scratch = _room(values, (pieces[0].outputs, 1, x.shape[1]))
-    if _by_loops(x, values, n_out):
+    if _by_loops(x, values, cols.numel(), n_out):
         _scatter(values, pieces[0], scratch)
         order = memory.get(index, ("rows", n_out), lambda: _rows_as_blocks(n_out))
         y = blocks_tiles.forward(x, scratch.view(-1, _HEIGHT, x.shape[1]), *order, n_out, bias)
@@ -171,24 +172,26 @@ def _gradient(values: Tensor, cols: Tensor) -> Tensor:
 
 
 def can_loop(n_out: int, n_in: int, itemsize: int) -> bool:
-    """Whether loops could make the forward product. Larger weights are in pieces; half precision
-    is multiplied as it is by some machines."""
-    whole = n_out % _HEIGHT == 0 and n_in % 16 == 0 and n_out * n_in * itemsize <= PIECE_BYTES
-    return itemsize == 4 and whole and blocks_tiles.available(torch.empty(0), (_HEIGHT, n_in))
+    """Whether loops could make the forward product. Larger weights are in pieces; some machines
+    multiply half precision natively."""
+    if itemsize != 4 or n_out % _HEIGHT or n_in % 16 or n_out * n_in * itemsize > PIECE_BYTES:
+        return False
+    like = torch.empty(0, dtype=torch.float32, device="cpu")
+    return blocks_tiles.available(like, (_HEIGHT, n_in))
 
 
-def _by_loops(x: Tensor, values: Tensor, n_out: int) -> bool:
-    n_in, block = x.shape[1], (values.shape[1], values.shape[2])
-    if by_loops is not None:
-        return by_loops and can_loop(n_out, n_in, x.element_size())
-    rows, alive, size = len(x), len(values), x.element_size()
+def _by_loops(x: Tensor, values: Tensor, alive: int, n_out: int) -> bool:
+    rows, n_in = x.shape
+    size, block = x.element_size(), (values.shape[1], values.shape[2])
+    if by_loops is False or not can_loop(n_out, n_in, size):
+        return False
     layer = costs.Layer(n_out, n_in, 1, block, alive, rows, rows, size, "cpu")
-    return costs.dense_work(layer).form == costs.LOOPS
+    return by_loops or costs.dense_work(layer).form == costs.LOOPS
 
 
 def _rows_as_blocks(n_out: int) -> Index:
     """A dense weight as a sparse one: blocks of as many columns as it has, all alive."""
-    ends = torch.arange(n_out // _HEIGHT + 1, dtype=torch.int32)
+    ends = torch.arange(n_out // _HEIGHT + 1, dtype=torch.int32, device="cpu")
     return ends, torch.zeros_like(ends[1:]), ends[:-1]
 
 
@@ -201,7 +204,8 @@ def _lies_dense(values: Tensor, index: Index, n_out: int, n_in: int) -> bool:
 
 def _ordered(slots: Tensor) -> bool:
     """Whether the values lie in the order of the rows, as they do until a topology has changed."""
-    return np.array_equal(slots.numpy(), np.arange(slots.numel()))
+    own = slots.numpy()
+    return np.array_equal(own, np.arange(own.size, dtype=own.dtype))
 
 
 class _Bits(NamedTuple):

@@ -1,5 +1,5 @@
-"""What the cost model takes where nothing was measured on this machine: what was on one of the same
-maker. Written by ``python -m triton_kernels.calibrate --ship``.
+"""What the cost model takes where nothing was measured on this machine: what was measured on one of
+the same maker. Written by ``python -m triton_kernels.calibrate --ship``.
 """
 
 # By the maker's name in /proc/cpuinfo. The first one's are for all others, too.
