@@ -90,10 +90,16 @@ def gpu(name: str) -> dict[str, Any]:
 
 def folder() -> Path:
     """Of this user: ``$SPARSEGROW_CACHE``, or as the XDG directories have it."""
-    own = os.environ.get("SPARSEGROW_CACHE")
+    return _folder(
+        *(os.environ.get(name) for name in ("SPARSEGROW_CACHE", "XDG_CACHE_HOME", "HOME"))
+    )
+
+
+# Every step of a scattered layer asks.
+@functools.cache
+def _folder(own: str | None, caches: str | None, home: str | None) -> Path:
     if own:
         return Path(own)
-    caches = os.environ.get("XDG_CACHE_HOME")
     return Path(caches or os.path.expanduser("~/.cache")) / "sparsegrow"
 
 
