@@ -24,7 +24,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -252,7 +252,9 @@ def _rows(device: str, dtype: str) -> dict[str, list[dict[str, str]]]:
     for hardware, own in found.items():
         version = _last([*own.values()])["torch"]
         machines[hardware] = [row for row in own.values() if row["torch"] == version]
-    return dict(sorted(machines.items(), key=lambda one: _last(one[1])["date"], reverse=True))
+    # Of two on the same day, the one whose first row came later.
+    later = reversed(machines.items())
+    return dict(sorted(later, key=lambda one: _last(one[1])["date"], reverse=True))
 
 
 def _last(rows: list[dict[str, str]]) -> dict[str, str]:
@@ -342,7 +344,8 @@ def _table(steps: list[dict[str, str]]) -> str:
     for layer, batch, block, ms in lines:
         dense = statistics.median(value for (way, _), value in ms.items() if way == "dense")
         ratios = (ms["dense", d] / ms["ours", d] if ("ours", d) in ms else None for d in densities)
-        text.append(f"| {layer} | {batch} | {block} | {dense:.1f} | {_cells(ratios, '.2g')} |")
+        cells = ("" if r is None else f"{r:.0f}" if r > 10 else f"{r:.2g}" for r in ratios)
+        text.append(f"| {layer} | {batch} | {block} | {dense:.1f} | {' | '.join(cells)} |")
     last = _last(steps)
     scattered = _against_dense(lines, "scattered")
     text += [
@@ -366,7 +369,8 @@ def _auto_table(steps: list[dict[str, str]]) -> str:
     for layer, batch, block, ms in lines:
         ratios = [ms["auto", d] / ms["dense", d] if ("auto", d) in ms else None for d in densities]
         if any(ratios):
-            text.append(f"| {layer} | {batch} | {block} | {_cells(ratios, '.2f')} |")
+            cells = ("" if r is None else f"{r:.2f}" for r in ratios)
+            text.append(f"| {layer} | {batch} | {block} | {' | '.join(cells)} |")
     found = _against_dense(lines, "auto")
     return "\n".join(
         [
@@ -380,10 +384,6 @@ def _auto_table(steps: list[dict[str, str]]) -> str:
 
 def _head(names: list[str]) -> list[str]:
     return [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
-
-
-def _cells(numbers: Iterable[float | None], form: str) -> str:
-    return " | ".join("" if number is None else f"{number:{form}}" for number in numbers)
 
 
 def _against_dense(lines: list[_Line], wanted: str) -> list[float]:
@@ -425,7 +425,8 @@ def _plot(rows: list[dict[str, str]], path: Path) -> None:
         ax.axhline(1, color="0.5", lw=0.8)
         ax.set(xscale="log", yscale="log", title=f"{name}, batch {batch}")
         ax.set(xlabel="density", ylabel="dense time / sparse time")
-        ax.set_xticks(densities, [f"{d:g}" for d in densities])
+        # 0.7 would lie on both its neighbours.
+        ax.set_xticks(densities, ["" if d == 0.7 else f"{d:g}" for d in densities])
         ax.set_xticks([], minor=True)
     for ax in axes.flat[len(layers) :]:
         ax.set_axis_off()
