@@ -282,14 +282,16 @@ class _Scan:
         """Positions in a tile whose products in bfloat16 may reach the threshold in float32; None
         where they are so many that the whole tile is the cheaper. row_norms: of dz; col_norm: the
         largest of x."""
-        scores = torch.mm(dz, x.T).float()
+        scores, mask = self._buffers(len(dz), len(x))
+        scores.copy_(torch.mm(dz, x.T))
         if isinstance(self.metric, _Products) and self.metric.absolute:
             scores.abs_()
         error = (_HALF_ERROR + self.slack) * row_norms * col_norm
         error += _HALF_SMALLEST * self.depth * (row_norms + col_norm + 1)
         least = torch.from_numpy(threshold - error).float()
         # What leaves the range of bfloat16 may be no number there.
-        at = np.flatnonzero((scores < least[:, None]).logical_not_().numpy())
+        torch.lt(scores, least[:, None], out=torch.from_numpy(mask)).logical_not_()
+        at = np.flatnonzero(mask)
         return at if at.size * _SINGLE_COST < scores.numel() else None
 
     def _reach(self, norms: Floats, partners: Floats, threshold: float) -> slice:

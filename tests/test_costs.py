@@ -519,6 +519,8 @@ def test_shipped_choices_that_no_machine_would_dispute(
         assert costs.choose(_layer(0.02, block=(side, side))) == "sparse"
     assert costs.choose(_layer(0.9, block=(4, 4))) == "dense"
     # Those of AMD multiply single weights about as fast as the BLAS, however many are alive.
+    assert costs.choose(_layer(1.0, block=(1, 1))) == "dense"
+    assert costs.choose(_layer(1.0, block=(1, 1), rows=4096, padded=4096)) == "dense"
     if maker == "GenuineIntel":
         assert costs.choose(_layer(0.8, block=(1, 1), rows=4096, padded=4096)) == "dense"
 

@@ -97,8 +97,9 @@ def test_runs_hold_every_nonzero_once(width: int, threads: int) -> None:
 
     layout = _case(70, 90, "some", torch.float32).topology.layout
     order = layout.row_offsets, layout.cols, layout.slots
-    runs, parts = csr_runs.runs_of(order, 90, width, 16, threads)
+    runs, (parts,) = csr_runs.runs_of(order, 90, width, 16, threads)
     groups, pieces = len(runs.starts) - 1, -(-90 // width)
+    assert len(parts) == threads
     assert [group for part in parts for group in range(*part)] == list(range(groups))
     assert runs.starts[0] == 0 and runs.starts[-1] == 70
     assert (np.diff(runs.starts) > 0).all() and (np.diff(runs.starts) <= 16).all()
@@ -118,6 +119,38 @@ def test_runs_hold_every_nonzero_once(width: int, threads: int) -> None:
     rows = torch.arange(70).repeat_interleave(layout.row_offsets.diff())
     expected = zip(rows.tolist(), layout.cols.tolist(), layout.slots.tolist(), strict=True)
     assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_take_one_share_after_the_other(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each about as large as it may be; the same sums as all at once."""
+    monkeypatch.setattr(csr_cpu, "_ROWS", 4)
+    monkeypatch.setattr(csr_cpu, "_SHARED", 0)
+    torch.set_num_threads(threads)
+    case = _case(90, 70, "some", torch.float32)
+    x, dy = torch.randn(50, 70), torch.randn(50, 90)
+    *first, slots = case.topology.layout[:3]
+    *second, slots_t = case.topology.layout[3:6]
+    found = []
+    for share in (1 << 20, 200):
+        monkeypatch.setattr(csr_runs, "_SHARE", share)
+        order = (*first, slots.clone())  # of which nothing is remembered
+        y = csr_cpu.product(x, case.values.detach(), *order, 90)
+        both = csr_cpu.gradients(x, dy, case.values.detach(), *second, slots_t.clone())
+        found.append((y, *both))
+        runs, shares = csr_runs.runs_of(order, 70, 70, 4, threads)
+        parts = [part for some in shares for part in some]
+        assert all(len(some) <= threads for some in shares) and len(shares[0]) == threads
+        assert sorted(group for part in parts for group in range(*part)) == [*range(23)]
+        before = [int(runs.begins[group]) for group in range(24)]
+        sizes = [before[last] - before[first] for first, last in parts]
+        largest = max(np.diff(before))
+        assert (len(shares) == 1) == (share > 200) and max(sizes) < share + largest
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    _check(case, x, dy, 1e-4)
 
 
 @pytest.mark.parametrize("rows", [7, 512])
@@ -184,7 +217,7 @@ def test_runs_of_every_length(vectors: int, together: int, dtype: torch.dtype) -
     x, own = torch.randn(70, 40, dtype=dtype), torch.randn(70, 36, dtype=dtype)
     values = torch.randn(len(index), dtype=dtype)
     y, grad = torch.full_like(own, torch.nan), torch.full_like(values, torch.nan)
-    runs, parts = csr_runs.runs_of((offsets, index, slots), 40, 40, 512, 1)
+    runs, (parts,) = csr_runs.runs_of((offsets, index, slots), 40, 40, 512, 1)
     tensors = [tensor.numpy() for tensor in (x, own, values, y, grad)]
     walk(vectors, True, True, together)(*tensors[:3], *runs, *tensors[3:], *parts[0])
     rows = torch.repeat_interleave(torch.arange(36), offsets.diff().long())

@@ -74,7 +74,9 @@ def choose(layer: Layer) -> str:
     if layer.device != "cpu":
         most = _gpu_break_even(min(layer.block)) * layer.size
         return "sparse" if layer.alive <= most else "dense"
-    return "sparse" if sparse_step_ns(layer) < dense_step_ns(layer) else "dense"
+    # What lies dense costs what a dense layer does.
+    sparse = not _lies_dense(layer) and sparse_step_ns(layer) < dense_step_ns(layer)
+    return "sparse" if sparse else "dense"
 
 
 def break_even(layer: Layer) -> float:
@@ -120,10 +122,18 @@ def dense_works(layer: Layer) -> list[Work]:
     singles = layer.alive if layer.block == (1, 1) else 0
     forms = _dense_forms(layer.n_out, layer.n_in, layer.is_convolution, layer.itemsize)
     moved = float(entries), float(beyond), float(singles)
-    if singles == entries and forms[0].startswith("scattered_cpu linear"):
-        # They lie as a dense weight does.
+    if _lies_dense(layer):
         forms, moved = forms[:1], (0.0, 0.0, 0.0)
     return [Work(form, 1, (6.0 * layer.rows * entries, *moved, 1.0)) for form in forms]
+
+
+def _lies_dense(layer: Layer) -> bool:
+    """Whether single weights, all alive, are multiplied by as they lie."""
+    entries = layer.n_out * layer.n_in
+    if layer.block != (1, 1) or layer.alive != entries or layer.is_convolution:
+        return False
+    form, *_ = _dense_forms(layer.n_out, layer.n_in, False, layer.itemsize)
+    return form.startswith("scattered_cpu")
 
 
 def sparse_work(layer: Layer) -> list[Work]:

@@ -108,9 +108,9 @@ def _walk(
     if nonzeros * width < _LEAST * rows * columns:
         width = min(_NEXT // (WIDTH * vectors * size), WIDEST)
     group = _ROWS if columns * feature <= _FAR else 2 * _ROWS
-    runs, parts = runs_of(order, columns, width, group, torch.get_num_threads())
+    runs, shares = runs_of(order, columns, width, group, torch.get_num_threads())
     if nonzeros * batch < _SHARED:
-        parts = [(0, len(runs.starts) - 1)]
+        shares = [[(0, len(runs.starts) - 1)]]
 
     none = x.new_empty(0, 0)
     weights = none if values is None else values.detach().to(x.dtype)
@@ -120,4 +120,5 @@ def _walk(
     )
     x_, own_, weights_, y_, grad_ = (tensor.numpy() for tensor in tensors)
     kernel = walk(vectors, y is not None, grad is not None, dots_at_once(size))
-    threads.run(kernel, [x_, own_, weights_, *runs, y_, grad_], parts)
+    for parts in shares:
+        threads.run(kernel, [x_, own_, weights_, *runs, y_, grad_], parts)

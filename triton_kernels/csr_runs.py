@@ -21,6 +21,11 @@ from triton_kernels.waves import Index, memory
 WIDEST = 1 << 16
 # Outputs on a line of the cache, of which two threads had better not write to the same one.
 _LINE = 16
+# Nonzeros of a thread's share, about. It holds a number for each, and larger pieces of memory than
+# 32 MB come from the system anew each time, a page at a time, which takes as long as the product.
+_SHARE = 3 << 20
+
+Parts = list[tuple[int, int]]
 
 
 class Runs(NamedTuple):
@@ -41,9 +46,9 @@ class Runs(NamedTuple):
 
 def runs_of(
     order: tuple[Tensor, Tensor, Tensor], n: int, width: int, rows: int, threads: int
-) -> tuple[Runs, list[tuple[int, int]]]:
-    """The runs of a matrix of n columns, and what groups each thread takes: worked out once
-    for an order of a layout.
+) -> tuple[Runs, list[Parts]]:
+    """The runs of a matrix of n columns, and what groups each thread takes, one share after the
+    other: worked out once for an order of a layout.
 
     order: offsets, index (ascending in each row) and slots of its compressed rows; width: columns
     of a piece, up to ``WIDEST``; rows: the most of a group, up to 2^16. Sums of a row do not depend
@@ -55,7 +60,7 @@ def runs_of(
 
 def _runs(
     order: tuple[Tensor, Tensor, Tensor], n: int, width: int, rows: int, threads: int
-) -> tuple[Runs, list[tuple[int, int]]]:
+) -> tuple[Runs, list[Parts]]:
     # Not at the top: numba takes a second to import.
     from triton_kernels.csr_runs_numba import LONGEST, count, sort
 
@@ -76,7 +81,21 @@ def _runs(
     slots_ = np.empty(slots.size, f"u{slots.itemsize}")
     matrix = offsets, index, slots
     sort(*matrix, groups, width, pieces, ends, begins, rows_, columns, slots_)
-    return Runs(groups, width, ends, begins, rows_, columns, slots_), parts
+    shares = _shares(parts, begins[np.arange(groups.size) * pieces])
+    return Runs(groups, width, ends, begins, rows_, columns, slots_), shares
+
+
+def _shares(parts: Parts, before: Index) -> list[Parts]:
+    """The first share of each part, then the second ones, and so on. before: (groups + 1,), the
+    nonzeros before each group."""
+    cut = []
+    for first, last in parts:
+        begin, end = before[first], before[last]
+        count = max(1, -(-(end - begin) // _SHARE))
+        wanted = begin + np.arange(1, count) * (end - begin) // count
+        inner = first + np.searchsorted(before[first:last], wanted)
+        cut.append([*pairwise(np.unique([first, *inner, last]).tolist())])
+    return [[own[i] for own in cut if i < len(own)] for i in range(max(map(len, cut), default=0))]
 
 
 def _cuts(offsets: NDArray[Any], threads: int) -> list[int]:
