@@ -22,7 +22,7 @@ WIDEST = 1 << 16
 # Outputs on a line of the cache, of which two threads had better not write to the same one.
 _LINE = 16
 # Nonzeros of a thread's share, about. It holds a number for each, and larger pieces of memory than
-# 32 MB come from the system anew each time, a page at a time, which takes as long as the product.
+# 32 MB come from the system anew each time, a page at a time: a fifth of a training step.
 _SHARE = 3 << 20
 
 Parts = list[tuple[int, int]]
