@@ -393,6 +393,9 @@ def _in_shares(search: Callable[[Floats], T], query: Floats) -> list[T]:
     faiss = _import_faiss()
     shares = np.array_split(query, max(1, -(-len(query) // SHARE)))
     count = min(faiss.omp_get_max_threads(), len(shares))
+    if count == 1:
+        with _matrix_products(faiss), _one_thread(faiss):
+            return [search(share) for share in shares]
     # OpenMP keeps this number for each thread.
     with (
         _matrix_products(faiss),
