@@ -170,17 +170,23 @@ def test_what_a_step_does() -> None:
 @needs_numba
 def test_who_multiplies_by_a_scattered_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loops, where they are measured to be faster than the BLAS, and can."""
-    many, few = (_layer(0.5, rows=rows, padded=rows) for rows in (1024, 64))
-    others: list[dict[str, Any]] = [
-        *({"itemsize": 2}, {"itemsize": 8, "n_in": 1024}, {"n_out": 2080}, {"n_in": 2056}),
-        *({"n_out": 8192}, {"pointwise": True}, {"n_out": 64, "n_in": 512}),
-        {"block": (1, 1), "alive": 2048 * 2048},
+    many, few = (_layer(0.5, block=(8, 8), rows=rows, padded=rows) for rows in (1024, 64))
+    can: list[dict[str, Any]] = [
+        *({"block": (16, 16)}, {"block": (3, 2)}, {"block": (1, 1)}, {"n_in": 2056}),
+        *({"n_out": 8192}, {"n_out": 2080}, {"n_out": 1 << 15, "n_in": 1 << 15}),
+    ]
+    cannot: list[dict[str, Any]] = [
+        *({"itemsize": 2}, {"itemsize": 8}, {"block": (32, 32)}, {"block": (16, 3)}),
+        *({"pointwise": True}, {"n_out": 64, "n_in": 512}, {"n_out": 70, "n_in": 9000}),
+        *({"n_out": 256, "n_in": 1 << 20}, {"block": (1, 1), "alive": 2048 * 2048}),
     ]
     known = dict(KNOWN)
     monkeypatch.setattr(constants, "on_cpu", lambda: constants.OnCpu(known, True))
     assert costs.dense_work(many).form == costs.LOOPS
     assert costs.dense_work(few).form == "scattered_cpu linear"
-    for changes in others:
+    for changes in can:
+        assert costs.dense_work(many._replace(**changes)).form == costs.LOOPS
+    for changes in cannot:
         assert costs.dense_work(many._replace(**changes)).form != costs.LOOPS
     # All alive, single weights are not scattered; anything less, and convolutions, are.
     full = many._replace(block=(1, 1), alive=2048 * 2048)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import itertools
 from typing import Any
 
 import pytest
@@ -21,9 +22,12 @@ from triton_kernels import (
     gather,
     registers,
     scatter,
+    scatter_cpu,
     scattered_cpu,
     sparse_conv2d,
     sparse_linear,
+    strips_cpu,
+    waiting,
     waves,
 )
 
@@ -35,9 +39,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of any size, in many pieces."""
-    monkeypatch.setattr(scattered_cpu, "LEAST_ENTRIES", 0)
-    monkeypatch.setattr(scattered_cpu, "_SHARED", 0)
-    monkeypatch.setattr(scattered_cpu, "PIECE_BYTES", 1 << 11)
+    monkeypatch.setattr(scatter_cpu, "LEAST_ENTRIES", 0)
+    monkeypatch.setattr(scatter_cpu, "_SHARED", 0)
+    monkeypatch.setattr(waiting, "PIECE_BYTES", 1 << 11)
 
 
 def _nan(like: Tensor) -> Tensor:
@@ -55,10 +59,10 @@ def test_scatter_and_gather(block: tuple[int, int], alive: str) -> None:
         expected = scatter(values, *index, n_out, taps, channels)
         gradient = torch.randn(n_out, taps, channels)
         for dense in (_nan(expected), _nan(expected.mT.contiguous()).mT):
-            scattered_cpu.scatter(values, *index, dense)
+            scatter_cpu.scatter(values, *index, dense)
             assert torch.equal(dense, expected)
             dense.copy_(gradient)
-            found = scattered_cpu.gather(dense, values, *index)
+            found = scatter_cpu.gather(dense, values, *index)
             assert torch.equal(found, gather(gradient, *index, len(values), grid.block))
 
 
@@ -133,8 +137,8 @@ def test_the_result_does_not_depend_on_threads() -> None:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             dense = _nan(other)
-            scattered_cpu.scatter(values, *index, dense)
-            found.append((dense, scattered_cpu.gather(other, values, *index)))
+            scatter_cpu.scatter(values, *index, dense)
+            found.append((dense, scatter_cpu.gather(other, values, *index)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0][i], other[i]) for other in found[1:] for i in (0, 1))
@@ -163,12 +167,12 @@ def test_columns_as_bits(alive: str, dtype: torch.dtype, monkeypatch: pytest.Mon
             x, dy = torch.randn(5, n_in).to(dtype), torch.randn(5, n_out).to(dtype)
             found = []
             for share in (0, 2):
-                monkeypatch.setattr(scattered_cpu, "_CROWDED", share)
+                monkeypatch.setattr(scatter_cpu, "_CROWDED", share)
                 copies = tuple(t.clone() for t in index)  # of which nothing is remembered
                 y = scattered_cpu.forward(x, values, *copies, n_out)
                 dx, dvalues = scattered_cpu.backward(dy, x, values, *copies, True, True)
                 found.append((y, dx, dvalues))
-                bits = scattered_cpu._pieces(values, copies, n_out, n_in)[0].bits
+                bits = scatter_cpu.pieces(values, copies, n_out, n_in)[0].bits
                 used.append((share, dtype, bits is not None))
                 if bits is not None:
                     assert bits.ordered == (index[2].tolist() == list(range(len(slots))))
@@ -188,8 +192,8 @@ def test_columns_as_bits(alive: str, dtype: torch.dtype, monkeypatch: pytest.Mon
 def test_all_single_weights_lie_dense(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are not scattered, unless in another order: the same results, then."""
     calls: list[None] = []
-    plain = scattered_cpu._share
-    monkeypatch.setattr(scattered_cpu, "_share", lambda *args: calls.append(plain(*args)))
+    plain = scatter_cpu._share
+    monkeypatch.setattr(scatter_cpu, "_share", lambda *args: calls.append(plain(*args)))
     torch.manual_seed(0)
     case = Case(Topology(Grid.of(34, 50, 1, (1, 1)), torch.arange(34 * 50)), dtype)
     (*offsets, slots), values = case.topology.layout[:3], case.values.detach()
@@ -209,52 +213,105 @@ def test_all_single_weights_lie_dense(dtype: torch.dtype, monkeypatch: pytest.Mo
     assert dx.numel() == dvalues.numel() == 0
 
 
-@pytest.mark.parametrize("bias", [None, torch.randn(128)])
-@pytest.mark.parametrize("block", [(1, 1), (2, 4), (16, 16)])
+SHAPES = (
+    *((128, 48, True), (150, 48, False), (250, 37, True), (64, 1, True), (320, 48, True)),
+    *((63, 16, True), (57, 16, True), (56, 16, False), (40, 48, False)),
+)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("block", [(1, 1), (3, 2), (5, 16), (16, 3), (16, 32)])
 def test_loops_multiply_by_what_is_scattered(
-    block: tuple[int, int], bias: Tensor | None, monkeypatch: pytest.MonkeyPatch
+    block: tuple[int, int], with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the BLAS does, and leave the weight for backward; but only where they can."""
-    calls: list[int] = []
-    plain = scattered_cpu.blocks_tiles.forward
+    """As the BLAS does, whole and in pieces, in forward and backward; but only where they can, and
+    where asked or where they are the faster ones."""
+    torch.manual_seed(0)
+    calls: list[str] = []
+    for name in ("forward", "input_gradient", "weight_gradient"):
+        plain = getattr(strips_cpu, name)
 
-    def counted(*args: Any) -> Tensor:
-        calls.append(1)
-        return plain(*args)
+        def counted(*args: Any, plain: Any = plain, name: str = name) -> Any:
+            calls.append(name)
+            return plain(*args)
 
-    monkeypatch.setattr(scattered_cpu.blocks_tiles, "forward", counted)
-    monkeypatch.setattr(scattered_cpu, "PIECE_BYTES", 1 << 20)
-    for n_out, n_in, dtype in (
-        *((128, 48, torch.float32), (128, 160, torch.float32)),
-        *((128, 40, torch.float32), (120, 48, torch.float32), (128, 48, torch.float64)),
-    ):
-        if bias is not None and n_out != len(bias):
-            continue
+        monkeypatch.setattr(strips_cpu, name, counted)
+    for (n_out, n_in, fits), dtype in itertools.product(SHAPES, (torch.float32, torch.float64)):
         case = Case(topology_of(Grid.of(n_out, n_in, 1, block), "some"), dtype)
-        can = (n_out, dtype) == (128, torch.float32) and n_in % 16 == 0
-        own = None if bias is None else bias.to(dtype)
-        dy = torch.randn(37, n_out).to(dtype)
-        found = []
-        x = torch.randn(37, n_in).to(dtype).requires_grad_()
-        for by_loops, slow in ((True, 1.0), (False, 0.0), (None, 0.0), (None, 1.0)):
+        can = fits and dtype == torch.float32 and 16 % block[1] == 0
+        layout, bias = case.topology.layout, torch.randn(n_out).to(dtype) if with_bias else None
+        dy, x = torch.randn(37, n_out).to(dtype), torch.randn(37, n_in).to(dtype).requires_grad_()
+        wide = x.detach().double()
+        expected = F.linear(wide, case.weight, None if bias is None else bias.double())
+        ways = ((True, 1.0), (False, 0.0), (None, 0.0), (None, 1.0))
+        for (by_loops, slow), pieces in itertools.product(ways, (1, 3)):
+            monkeypatch.setattr(waiting, "PIECE_BYTES", -(-n_out // pieces) * n_in * x.itemsize)
             ns = {"scattered_cpu linear": {1: (0.5, *4 * [0.0])}, costs.LOOPS: {1: 5 * (slow,)}}
             monkeypatch.setattr(constants, "on_cpu", lambda ns=ns: constants.OnCpu(ns, True))
             monkeypatch.setattr(scattered_cpu, "by_loops", by_loops)
             x.grad = case.values.grad = None
             calls.clear()
-            y = sparse_linear(x, case.values, case.topology.layout, own)
-            loops = slow == 0 if by_loops is None else by_loops
-            assert len(calls) == (loops and can) and len(_kept()) == 1
+            y = sparse_linear(x, case.values, layout, bias)
+            torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
             y.backward(dy)
-            found.append((y.detach(), x.grad))
-            case.check_gradient(dy.double().T @ x.detach().double(), 1e-4)
-            none = sparse_linear(x[:0].detach(), case.values.detach(), case.topology.layout, own)
+            torch.testing.assert_close(
+                x.grad.double(), dy.double() @ case.weight, rtol=1e-5, atol=1e-4
+            )
+            case.check_gradient(dy.double().T @ wide, 1e-4)
+            if pieces == 1:
+                wanted = slow == 0 if by_loops is None else by_loops
+                assert len(set(calls)) == len(calls) == 3 * (wanted and can)
+            none = sparse_linear(x[:0].detach(), case.values.detach(), layout, bias)
             assert none.shape == (0, n_out)
-        for other in found[1:]:
-            for a, b in zip(found[0], other, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
-        expected = x.detach().double() @ case.weight.T + (0 if own is None else own.double())
-        torch.testing.assert_close(found[0][0].double(), expected, rtol=1e-5, atol=1e-4)
+            # The gradients of nothing, and one of the two alone.
+            case.values.grad = None
+            sparse_linear(x[:0].detach(), case.values, layout, bias).sum().backward()
+            assert not case.values.grad.any()
+            sparse_linear(x, case.values.detach(), layout, bias).sum().backward()
+
+
+@pytest.mark.skipif(not registers.expands(), reason="the processor does not spread by a mask")
+def test_what_lies_in_strips_is_moved_by_bits_as_by_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    for n_out, n_in, alive in itertools.product((1, 16, 37, 64), (1, 16, 33, 160), ("some", "all")):
+        case = Case(topology_of(Grid.of(n_out, n_in, 1, (1, 1)), alive), torch.float32)
+        *offsets, slots = case.topology.layout[:3]
+        for order in (slots, slots.flip(0), slots + 3):
+            values, gradient = torch.randn(len(slots) + 5, 1, 1), torch.randn(n_out, 1, n_in)
+            monkeypatch.setattr(waiting, "PIECE_BYTES", 1 << 20)
+            (piece,) = scatter_cpu.pieces(values, (*offsets, order), n_out, n_in)
+            expected = scatter(values, *offsets, order, n_out, 1, n_in)[:, 0]
+            for one in (piece, piece._replace(bits=None)):
+                strips = _nan(torch.empty(strips_cpu.shape(n_out, n_in)))
+                rows = strips_cpu.dense(strips, n_out)
+                scatter_cpu.put(values, one, rows)
+                assert torch.equal(rows.flatten(1)[:, :n_in], expected)
+                assert not rows.flatten(1)[:, n_in:].any()
+                assert strips[:, n_out:].isnan().all()
+                rows.copy_(F.pad(gradient, (0, -n_in % 16)).view(rows.shape))
+                found = _nan(values)
+                scatter_cpu.get(found, one, rows)
+                wanted = gather(gradient, *offsets, order, len(values), (1, 1))
+                assert torch.equal(found[order.long()], wanted[order.long()])
+                assert found.isnan().sum() == len(values) - len(order)
+
+
+def test_pieces_of_whole_blocks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for n_out, n_in, bh, size in itertools.product((1, 64, 100, 999), (1, 70), (1, 3, 48), (2, 4)):
+        for most in (1, 50, 64, 300, 2000):
+            monkeypatch.setattr(waiting, "PIECE_BYTES", most * n_in * size)
+            rows = scatter_cpu.rows_at_once(n_out, n_in, bh, size)
+            if size == 2 or most >= n_out:
+                assert rows == n_out
+            elif most >= bh:
+                assert rows <= most and rows % bh == 0
+                # No more of them than have to be, unless they are cut at other blocks.
+                assert -(-n_out // rows) <= -(-n_out // max(bh, (most - 191) // bh * bh))
+                assert rows % 64 == 0 or most < 192
+            else:
+                assert rows == bh
 
 
 def test_training_after_inference_mode() -> None:
@@ -294,9 +351,9 @@ def test_the_same_values_in_layers_of_two_shapes() -> None:
 def test_what_room_is_left_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         layer = SparseLinear(64, 64, density=0.5, compute="dense").to(dtype)
-        monkeypatch.setattr(scattered_cpu, "PIECE_BYTES", 1 << 11)
+        monkeypatch.setattr(waiting, "PIECE_BYTES", 1 << 11)
         layer(torch.randn(2, 64, dtype=dtype)).sum().backward()
-        room = scattered_cpu._waiting.room
+        room = waiting._waiting.room
         assert room is None or room.nbytes <= 1 << 11
 
 
@@ -352,21 +409,21 @@ def test_it_follows_values_and_topology() -> None:
 
 
 def _kept() -> list[Tensor]:
-    return [kept.weight for kept in scattered_cpu._waiting.weights.values()]
+    return [kept.weight for kept in waiting._waiting.weights.values()]
 
 
 def test_a_weight_waits_for_its_backward_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     size = 20 * 30 * 4
-    monkeypatch.setattr(scattered_cpu, "PIECE_BYTES", size)
-    monkeypatch.setattr(scattered_cpu, "WAITING_BYTES", 2 * size)
+    monkeypatch.setattr(waiting, "PIECE_BYTES", size)
+    monkeypatch.setattr(waiting, "WAITING_BYTES", 2 * size)
     made: list[int] = []
-    plain = scattered_cpu._scatter
+    plain = scatter_cpu.put
 
     def counted(*args: Any) -> None:
         made.append(1)
         plain(*args)
 
-    monkeypatch.setattr(scattered_cpu, "_scatter", counted)
+    monkeypatch.setattr(scatter_cpu, "put", counted)
     layers = [SparseLinear(30, 20, density=0.4, compute="dense") for _ in range(3)]
     x = torch.randn(4, 30, requires_grad=True)
     outputs = [layer(x) for layer in layers]
@@ -395,26 +452,26 @@ def test_what_was_kept_is_not_used_for_another_weight() -> None:
     index, values = case.topology.layout[:3], case.values.detach()
     weight = torch.randn(20, 12)
     for change in (None, values, index[1]):
-        scattered_cpu.keep(weight, values, index)
+        waiting.keep(weight, values, index)
         if change is not None:
             change.add_(0)
-        found = scattered_cpu.take(values, index, weight.shape)
+        found = waiting.take(values, index, weight.shape)
         assert found is (weight if change is None else None)
-        assert scattered_cpu.take(values, index, weight.shape) is None
-    scattered_cpu.keep(weight, values, index)
-    assert scattered_cpu.take(values, (*index[:2], index[2].clone()), weight.shape) is None
-    scattered_cpu.keep(weight, values, index)
-    assert scattered_cpu.take(values.clone(), index, weight.shape) is None
+        assert waiting.take(values, index, weight.shape) is None
+    waiting.keep(weight, values, index)
+    assert waiting.take(values, (*index[:2], index[2].clone()), weight.shape) is None
+    waiting.keep(weight, values, index)
+    assert waiting.take(values.clone(), index, weight.shape) is None
     with torch.inference_mode():
-        assert scattered_cpu.take(torch.ones(3, 1, 1), index, weight.shape) is None
-    assert scattered_cpu.take(values, index, (20, 1, 12)) is None
+        assert waiting.take(torch.ones(3, 1, 1), index, weight.shape) is None
+    assert waiting.take(values, index, (20, 1, 12)) is None
 
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.empty(3, 1, 1)
-    assert scattered_cpu.available(values, 9)
-    assert not scattered_cpu.available(values.to("meta"), 9)
-    monkeypatch.setattr(scattered_cpu, "LEAST_ENTRIES", 10)
-    assert not scattered_cpu.available(values, 9)
-    monkeypatch.setattr(scattered_cpu, "_numba", lambda: False)
-    assert not scattered_cpu.available(values, 10)
+    assert scatter_cpu.available(values, 9)
+    assert not scatter_cpu.available(values.to("meta"), 9)
+    monkeypatch.setattr(scatter_cpu, "LEAST_ENTRIES", 10)
+    assert not scatter_cpu.available(values, 9)
+    monkeypatch.setattr(scatter_cpu, "_numba", lambda: False)
+    assert not scatter_cpu.available(values, 10)

@@ -77,10 +77,13 @@ def weight_gradient(
     slots: Tensor,
     capacity: int,
     block: tuple[int, int],
+    out: Tensor | None = None,
 ) -> Tensor:
-    """dy^T x at the alive blocks alone: (capacity, bh, bw), free slots zero. What is multiplied is
+    """dy^T x at the alive blocks alone: (capacity, bh, bw), free slots zero; or -> ``out``,
+    contiguous and of what is computed in, whose free slots stay as they are. What is multiplied is
     copied some rows at a time, since rows far apart share their places in the cache. Narrow blocks
-    would copy the same again and again: for them, all of x, up to ``PIECE_BYTES``, at once."""
+    would copy the same again and again: for them, all of x, up to ``PIECE_BYTES``, at once.
+    """
     # Not at the top: numba takes a second to import.
     from triton_kernels.blocks_gradient_numba import ROWS, gradient
     from triton_kernels.registers import gradient_tile, narrow
@@ -90,7 +93,9 @@ def weight_gradient(
     batch, alive = x.shape[0], blocks.slots.size
     # Every alive block is written whole; only free slots need zeros.
     make = x.new_empty if capacity == alive and batch else x.new_zeros
-    grad = make(capacity, bh, bw, dtype=_WIDE[x.dtype])
+    grad = make(capacity, bh, bw, dtype=_WIDE[x.dtype]) if out is None else out
+    if not batch:
+        return _cast(grad.zero_(), x.dtype)
     tile = gradient_tile(bw, grad.itemsize)
     strips = narrow(bw, grad.itemsize) and alive * bw >= _READ * x.shape[1]
     cuts = _shares(alive, alive * batch * bh * bw, torch.get_num_threads())

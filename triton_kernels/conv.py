@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_kernels import scattered_cpu
+from triton_kernels import scatter_cpu, waiting
 from triton_kernels.eager import eager, plain
 from triton_kernels.forms import conv_form
 from triton_kernels.layout import Layout, gather, scatter
@@ -34,7 +34,7 @@ def sparse_conv2d(
     x: (batch, C, H, W) or (C, H, W); values: (capacity, bh, bw); bias: (n_out,) or None. compute:
     ``sparse`` never forms the weight, where there is such a product for the tensors (see
     ``forms.conv_form``); else it is scattered, and again in backward unless it still waits there
-    (``scattered_cpu``). Under autocast the operands are cast to its dtype.
+    (``waiting``). Under autocast the operands are cast to its dtype.
     """
     if x.dim() not in (3, 4) or x.shape[-3] != layout.channels:
         raise ValueError(
@@ -62,12 +62,12 @@ def _dense_weight(
 ) -> Tensor:
     """(n_out, C, kh, kw), in the memory order of ``x``."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    if scattered_cpu.available(values, n_out * x.shape[1] * math.prod(kernel)):
+    if scatter_cpu.available(values, n_out * x.shape[1] * math.prod(kernel)):
         order = torch.channels_last if last else torch.contiguous_format
         shape = (n_out, x.shape[1], *kernel)
         weight = torch.empty(shape, dtype=values.dtype, memory_format=order)
         columns = weight.permute(0, 2, 3, 1).view(n_out, -1, x.shape[1])
-        scattered_cpu.scatter(values, row_offsets, cols, slots, columns)
+        scatter_cpu.scatter(values, row_offsets, cols, slots, columns)
         return weight
     dense = scatter(values, row_offsets, cols, slots, n_out, kernel[0] * kernel[1], x.shape[1])
     weight = dense.view(n_out, kernel[0], kernel[1], x.shape[1]).permute(0, 3, 1, 2)
@@ -99,8 +99,8 @@ def _forward(
     index = row_offsets, cols, slots
     weight = _dense_weight(x, values, *index, n_out, kernel)
     # Only the gradient of x needs it again.
-    if x.requires_grad and scattered_cpu.available(values, weight.numel()):
-        scattered_cpu.keep(weight, values, index)
+    if x.requires_grad and scatter_cpu.available(values, weight.numel()):
+        waiting.keep(weight, values, index)
     return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation)
 
 
@@ -159,7 +159,7 @@ def _gradients(
             dvalues = form.weight_gradient(x, dy, *at, *geometry)
         return dx, dvalues
     index = row_offsets, cols, slots
-    weight = scattered_cpu.take(values, index, (dy.shape[1], x.shape[1], *kernel))
+    weight = waiting.take(values, index, (dy.shape[1], x.shape[1], *kernel))
     if weight is None:
         weight = _dense_weight(x, values, *index, dy.shape[1], kernel)
     dx, dense, _ = torch.ops.aten.convolution_backward(
@@ -180,8 +180,8 @@ def _gradients(
     if not need_values:
         return dx, values.new_empty(0)
     dense = dense.permute(0, 2, 3, 1).flatten(1, 2)
-    if scattered_cpu.available(values, dense.numel()):
-        return dx, scattered_cpu.gather(dense, values, *index)
+    if scatter_cpu.available(values, dense.numel()):
+        return dx, scatter_cpu.gather(dense, values, *index)
     return dx, gather(dense, *index, capacity, (bh, bw))
 
 

@@ -61,7 +61,7 @@ class Work(NamedTuple):
 
 # What is larger leaves the caches between one product and the next.
 CACHED_BYTES = 16 << 20
-# A scattered weight of which loops make the forward product.
+# A scattered weight in strips, by which loops multiply.
 LOOPS = "scattered_loops linear"
 # What an item of so many bytes is taken for.
 _DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
@@ -120,7 +120,7 @@ def dense_works(layer: Layer) -> list[Work]:
     entries = layer.n_out * layer.n_in
     beyond = max(0, entries - CACHED_BYTES // layer.itemsize)
     singles = layer.alive if layer.block == (1, 1) else 0
-    forms = _dense_forms(layer.n_out, layer.n_in, layer.is_convolution, layer.itemsize)
+    forms = _dense_forms(*layer[:2], layer.is_convolution, layer.itemsize, layer.block)
     moved = float(entries), float(beyond), float(singles)
     if _lies_dense(layer):
         forms, moved = forms[:1], (0.0, 0.0, 0.0)
@@ -132,7 +132,7 @@ def _lies_dense(layer: Layer) -> bool:
     entries = layer.n_out * layer.n_in
     if layer.block != (1, 1) or layer.alive != entries or layer.is_convolution:
         return False
-    form, *_ = _dense_forms(layer.n_out, layer.n_in, False, layer.itemsize)
+    form, *_ = _dense_forms(*layer[:2], False, layer.itemsize, layer.block)
     return form.startswith("scattered_cpu")
 
 
@@ -186,14 +186,16 @@ def _constant(function: Callable[P, T]) -> Callable[P, T]:
 
 
 @_constant
-def _dense_forms(n_out: int, n_in: int, convolution: bool, itemsize: int) -> list[str]:
-    from triton_kernels import scattered_cpu
+def _dense_forms(
+    n_out: int, n_in: int, convolution: bool, itemsize: int, block: tuple[int, int]
+) -> list[str]:
+    from triton_kernels import scatter_cpu, strips_cpu
 
-    values = torch.empty(0, dtype=_DTYPES[itemsize])
-    own = scattered_cpu.available(values, n_out * n_in)
+    values = torch.empty(0, *block, dtype=_DTYPES[itemsize], device="cpu")
+    own = scatter_cpu.available(values, n_out * n_in)
     form = "scattered_cpu" if own else "scattered"
     form += " conv" if convolution else " linear"
-    if own and not convolution and scattered_cpu.can_loop(n_out, n_in, itemsize):
+    if own and not convolution and strips_cpu.available(values, n_out, n_in):
         return [form, LOOPS]
     # Whether a machine multiplies half precision as it is makes all the difference.
     return [form + " half" if itemsize == 2 else form]

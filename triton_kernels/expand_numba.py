@@ -8,8 +8,9 @@ for what is loaded and stored: processors of AMD take five times as long to do b
 values: (capacity,); bits: uint16 (rows, columns / 16 rounded up), the i-th bit of a word for the
 i-th column; offsets: of some rows, from any number on; slots: of their weights, not looked at where
 ``ordered``: slot k then holds the k-th of all weights, and ``offsets`` count all of them; dense:
-(rows, columns); first, last: rows. 4 bytes a number. Without the interpreter's lock. Nothing is
-checked.
+the memory of a weight of ``places`` = (columns, step, next), where the numbers of a row begin a
+``step`` behind those of the row before, and each 16 of them a ``next`` behind the last 16; first,
+last: rows. 4 bytes a number. Without the interpreter's lock. Nothing is checked.
 """
 
 from __future__ import annotations
@@ -80,42 +81,61 @@ _expand_next: Any = intrinsic(_expand)
 _compress_next: Any = intrinsic(_compress)
 
 
+# Rows that are moved together where what they have in one word lies side by side.
+_AT_ONCE = 16
+
+
 @compiled()
-def expand(values, bits, offsets, slots, ordered, dense, first, last):  # type: ignore[no-untyped-def]
+def expand(values, bits, offsets, slots, ordered, dense, places, first, last):  # type: ignore[no-untyped-def]
     """All else of these rows becomes zero."""
-    columns = dense.shape[1]
-    flat, row = dense.reshape(dense.size), np.empty(columns, values.dtype)
-    for r in range(first, last):
-        begin = offsets[r] - offsets[0]
-        source, k = (values, np.int64(offsets[r])) if ordered else (row, np.int64(0))
-        if not ordered:
-            for i in range(offsets[r + 1] - offsets[r]):
-                row[i] = values[np.uint64(slots[begin + i])]
+    columns, step, following = places
+    high = 1 if step >= columns else _AT_ONCE
+    rows, k = np.empty(high * columns, values.dtype), np.empty(high, np.int64)
+    source = values if ordered else rows
+    for r in range(first, last, high):
+        count = min(high, last - r)
+        for i in range(count):
+            begin, end = offsets[r + i] - offsets[0], offsets[r + i + 1] - offsets[0]
+            k[i] = offsets[r + i] if ordered else i * columns
+            if not ordered:
+                for j in range(end - begin):
+                    rows[k[i] + j] = values[np.uint64(slots[begin + j])]
         for word in range(columns // WIDTH):
-            k += _expand_next(source, k, bits[r, word], flat, r * columns + word * WIDTH)
+            for i in range(count):
+                to = (r + i) * step + word * following
+                k[i] += _expand_next(source, k[i], bits[r + i, word], dense, to)
         for c in range(columns // WIDTH * WIDTH, columns):
-            alive = bits[r, c // WIDTH] >> (c % WIDTH) & 1
-            dense[r, c] = source[k] if alive else 0
-            k += alive
+            for i in range(count):
+                alive = bits[r + i, c // WIDTH] >> (c % WIDTH) & 1
+                dense[(r + i) * step + c] = source[k[i]] if alive else 0
+                k[i] += alive
 
 
 @compiled()
-def compress(values, bits, offsets, slots, ordered, dense, first, last):  # type: ignore[no-untyped-def]
+def compress(values, bits, offsets, slots, ordered, dense, places, first, last):  # type: ignore[no-untyped-def]
     """The other way, at the alive entries alone."""
-    columns = dense.shape[1]
-    flat, row = dense.reshape(dense.size), np.empty(columns, values.dtype)
-    for r in range(first, last):
-        begin = offsets[r] - offsets[0]
-        target, k = (values, np.int64(offsets[r])) if ordered else (row, np.int64(0))
+    columns, step, following = places
+    high = 1 if step >= columns else _AT_ONCE
+    rows, k = np.empty(high * columns, values.dtype), np.empty(high, np.int64)
+    target = values if ordered else rows
+    for r in range(first, last, high):
+        count = min(high, last - r)
+        for i in range(count):
+            k[i] = offsets[r + i] if ordered else i * columns
         for word in range(columns // WIDTH):
-            k += _compress_next(flat, r * columns + word * WIDTH, bits[r, word], target, k)
+            for i in range(count):
+                at = (r + i) * step + word * following
+                k[i] += _compress_next(dense, at, bits[r + i, word], target, k[i])
         for c in range(columns // WIDTH * WIDTH, columns):
-            if bits[r, c // WIDTH] >> (c % WIDTH) & 1:
-                target[k] = dense[r, c]
-                k += 1
+            for i in range(count):
+                if bits[r + i, c // WIDTH] >> (c % WIDTH) & 1:
+                    target[k[i]] = dense[(r + i) * step + c]
+                    k[i] += 1
         if not ordered:
-            for i in range(offsets[r + 1] - offsets[r]):
-                values[np.uint64(slots[begin + i])] = row[i]
+            for i in range(count):
+                begin, end = offsets[r + i] - offsets[0], offsets[r + i + 1] - offsets[0]
+                for j in range(end - begin):
+                    values[np.uint64(slots[begin + j])] = rows[i * columns + j]
 
 
 @compiled()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_kernels import scattered_cpu
+from triton_kernels import scatter_cpu, scattered_cpu
 from triton_kernels.eager import eager, plain
 from triton_kernels.forms import linear_form
 from triton_kernels.layout import Layout, gather, scatter
@@ -68,7 +68,7 @@ def _forward(
         if form.takes_bias:
             return form.forward(x, values, row_offsets, cols, slots, n_out, bias)
         y = form.forward(x, values, row_offsets, cols, slots, n_out).contiguous()
-    elif scattered_cpu.available(values, n_out * x.shape[1]):
+    elif scatter_cpu.available(values, n_out * x.shape[1]):
         return scattered_cpu.forward(x, values, row_offsets, cols, slots, n_out, bias)
     else:
         weight = scatter(values, row_offsets, cols, slots, n_out, 1, x.shape[1])
@@ -114,7 +114,7 @@ def _gradients(
     """(dx, dvalues); one that is not needed is empty."""
     dx, dvalues = x.new_empty(0), values.new_empty(0)
     capacity, bh, bw = values.shape
-    if not sparse and scattered_cpu.available(values, dy.shape[1] * x.shape[1]):
+    if not sparse and scatter_cpu.available(values, dy.shape[1] * x.shape[1]):
         index = row_offsets, cols, slots
         dx, dvalues = scattered_cpu.backward(dy, x, values, *index, need_x, need_values)
     elif not sparse:

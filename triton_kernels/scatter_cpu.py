@@ -1,0 +1,201 @@
+"""Scattering values into a dense weight and gathering them back, on the CPU with numba: all of it,
+or some rows at a time.
+
+A dense weight is given as (rows, taps, channels), in any memory order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from triton_kernels import threads, waiting
+from triton_kernels.waves import memory
+
+# A smaller weight is scattered before a compiler has been imported.
+LEAST_ENTRIES = 1 << 16
+# Fewer entries than this are not worth a second thread.
+_SHARED = 1 << 18
+# Share of single weights from which bits say where they are rather than column numbers.
+_CROWDED = 1 / 32
+# Rows that others take for a block.
+HEIGHT = 64
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Index = tuple[Tensor, Tensor, Tensor]
+
+
+def available(values: Tensor, entries: int) -> bool:
+    """Whether it serves a weight of so many entries, zeros included."""
+    return values.device.type == "cpu" and entries >= LEAST_ENTRIES and _numba()
+
+
+@cache
+def _numba() -> bool:
+    return find_spec("numba") is not None
+
+
+def scatter(
+    values: Tensor, row_offsets: Tensor, cols: Tensor, slots: Tensor, dense: Tensor
+) -> None:
+    """``layout.scatter`` into ``dense``: (n_out, taps, channels)."""
+    put(values, Piece.whole((row_offsets, cols, slots), len(dense)), dense)
+
+
+def gather(
+    dense: Tensor, values: Tensor, row_offsets: Tensor, cols: Tensor, slots: Tensor
+) -> Tensor:
+    """``layout.gather`` of the gradient of these values from that of the dense weight."""
+    out = gradient(values, cols)
+    get(out, Piece.whole((row_offsets, cols, slots), len(dense)), dense)
+    return out
+
+
+def put(values: Tensor, piece: Piece, dense: Tensor) -> None:
+    """Those of a piece, zero elsewhere -> ``dense``, its rows."""
+    # Not at the top: numba takes a second to import.
+    from triton_kernels.expand_numba import expand
+    from triton_kernels.scatter_numba import scatter_blocks, scatter_entries
+
+    kernel = scatter_entries if values.shape[1:] == (1, 1) else scatter_blocks
+    _share((kernel, expand), values.contiguous(), piece, dense)
+
+
+def get(values: Tensor, piece: Piece, dense: Tensor) -> None:
+    """The other way, at the alive entries alone."""
+    from triton_kernels.expand_numba import compress
+    from triton_kernels.scatter_numba import gather_blocks, gather_entries
+
+    kernel = gather_entries if values.shape[1:] == (1, 1) else gather_blocks
+    _share((kernel, compress), values, piece, dense)
+
+
+def gradient(values: Tensor, cols: Tensor) -> Tensor:
+    """Room for that of these values. Every alive block is written whole; only free slots need
+    zeros."""
+    make = values.new_empty if len(values) == cols.numel() else values.new_zeros
+    return make(values.shape)
+
+
+class _Bits(NamedTuple):
+    """Where single weights are alive, as ``expand_numba`` takes it; and whether they lie in the
+    order of the rows."""
+
+    words: Tensor
+    ordered: bool
+
+    @classmethod
+    def of(cls, values: Tensor, index: Index, n_out: int, n_in: int) -> _Bits | None:
+        """None where that way is not for them."""
+        single = values.shape[1:] == (1, 1) and values.element_size() == 4
+        if not single or index[1].numel() < _CROWDED * n_out * n_in:
+            return None
+
+        from triton_kernels.compiled_numba import jit_is_off
+        from triton_kernels.expand_numba import mark
+        from triton_kernels.registers import expands
+        from triton_kernels.vectors import WIDTH
+
+        if jit_is_off() or not expands():
+            return None
+        row_offsets, cols, slots = index
+        words = cols.new_zeros(n_out, -(-n_in // WIDTH), dtype=torch.uint16)
+        mark(row_offsets.numpy(), cols.numpy(), words.numpy(), 0, n_out)
+        return cls(words, in_order(slots))
+
+
+class Piece(NamedTuple):
+    """``outputs`` rows of a weight, and the row offsets, columns and slots of their blocks."""
+
+    rows: slice
+    outputs: int
+    places: Index
+    bits: _Bits | None = None
+
+    @classmethod
+    def whole(cls, index: Index, n_out: int) -> Piece:
+        return cls(slice(0, n_out), n_out, index)
+
+
+def pieces(values: Tensor, index: Index, n_out: int, n_in: int) -> list[Piece]:
+    """Whole rows of blocks, the most in the first piece."""
+    bh, size = values.shape[1], values.element_size()
+    row_offsets, cols, slots = index
+    bits = memory.get(
+        index, ("bits", n_out, n_in, size), lambda: _Bits.of(values, index, n_out, n_in)
+    )
+    rows, n_rows = rows_at_once(n_out, n_in, bh, size), row_offsets.numel() - 1
+    if rows == n_out:
+        return [Piece(slice(0, n_out), n_out, index, bits)]
+    cuts = [*range(0, n_rows, rows // bh), n_rows]
+    ends = row_offsets[cuts].tolist()
+    return [
+        Piece(
+            slice(a * bh, min(b * bh, n_out)),
+            min(b * bh, n_out) - a * bh,
+            (row_offsets[a : b + 1], cols[first:last], slots[first:last]),
+            None if bits is None else bits._replace(words=bits.words[a:b]),
+        )
+        for (a, b), (first, last) in zip(pairwise(cuts), pairwise(ends), strict=True)
+    ]
+
+
+def rows_at_once(n_out: int, n_in: int, bh: int, itemsize: int) -> int:
+    """Rows of a piece: of whole blocks and, where there are enough, of as many of ``HEIGHT``."""
+    most = waiting.PIECE_BYTES // (n_in * itemsize)
+    # Sums of half precision are not to be rounded after every piece.
+    if itemsize <= 2 or n_out <= most:
+        return n_out
+    unit = math.lcm(bh, HEIGHT)
+    if most < unit:
+        unit = bh
+    count = -(-n_out // max(unit, most // unit * unit))
+    return -(-n_out // (count * unit)) * unit
+
+
+def in_order(slots: Tensor) -> bool:
+    """Whether the values lie in the order of the rows, as they do until a topology has changed."""
+    own = slots.numpy()
+    return np.array_equal(own, np.arange(own.size, dtype=own.dtype))
+
+
+def _share(
+    kernels: tuple[Callable[..., None], Callable[..., None]],
+    values: Tensor,
+    piece: Piece,
+    dense: Tensor,
+) -> None:
+    """Run a kernel, the second one where there are bits, on as many threads as PyTorch has, each
+    with as many rows of blocks."""
+    plain, by_bits = kernels
+    kind = _BITS[values.element_size()]
+    alive, numbers = values.detach().view(kind), dense.detach().view(kind)
+    row_offsets, cols, slots = (tensor.numpy() for tensor in piece.places)
+    n_rows = len(row_offsets) - 1
+    count = min(torch.get_num_threads(), n_rows) if dense.numel() >= _SHARED else 1
+    parts = list(pairwise(n_rows * i // count for i in range(count + 1)))
+    if piece.bits is None:
+        threads.run(plain, (alive.numpy(), row_offsets, cols, slots, numbers.numpy()), parts)
+    else:
+        words, ordered = piece.bits
+        arrays = (alive.view(-1).numpy(), words.numpy(), row_offsets, slots, ordered)
+        threads.run(by_bits, (*arrays, *_memory(numbers)), parts)
+
+
+def _memory(dense: Tensor) -> tuple[Any, tuple[int, int, int]]:
+    """Where the numbers of (rows, taps, channels) lie, flat, and (columns, step, next): those of a
+    row, what is from one row to the next, and from 16 columns to the next 16."""
+    rows, taps, channels = dense.shape
+    step, tap, _ = dense.stride()
+    extent = (rows - 1) * step + (taps - 1) * tap + channels
+    flat = dense.as_strided((extent,), (1,)).numpy()
+    return flat, (taps * channels, step, 16 if taps == 1 else tap)
