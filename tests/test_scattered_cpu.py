@@ -38,7 +38,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of any size, in many pieces."""
+    """Weights of any size, in many pieces; NaN in the memory that they are given."""
+    plain = waiting.room
+    monkeypatch.setattr(waiting, "room", lambda *args: plain(*args).fill_(torch.nan))
     monkeypatch.setattr(scatter_cpu, "LEAST_ENTRIES", 0)
     monkeypatch.setattr(scatter_cpu, "_SHARED", 0)
     monkeypatch.setattr(waiting, "PIECE_BYTES", 1 << 11)
@@ -214,43 +216,50 @@ def test_all_single_weights_lie_dense(dtype: torch.dtype, monkeypatch: pytest.Mo
 
 
 SHAPES = (
-    *((128, 48, True), (150, 48, False), (250, 37, True), (64, 1, True), (320, 48, True)),
-    *((63, 16, True), (57, 16, True), (56, 16, False), (40, 48, False)),
+    *((128, 48, True), (150, 48, False), (250, 125, True), (64, 1, False), (320, 48, True)),
+    *((63, 16, True), (57, 16, True), (56, 16, False), (40, 48, False), (64, 17, False)),
 )
+PRODUCTS = ("forward", "input_gradient", "weight_gradient")
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The products that loops make, and ``put`` where a weight is scattered."""
+    calls: list[str] = []
+
+    def count(module: Any, name: str) -> None:
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: calls.append(name) or plain(*args))
+
+    for name in PRODUCTS:
+        count(strips_cpu, name)
+    count(scatter_cpu, "put")
+    return calls
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("block", [(1, 1), (3, 2), (5, 16), (16, 3), (16, 32)])
 def test_loops_multiply_by_what_is_scattered(
-    block: tuple[int, int], with_bias: bool, monkeypatch: pytest.MonkeyPatch
+    block: tuple[int, int], with_bias: bool, called: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the BLAS does, whole and in pieces, in forward and backward; but only where they can, and
-    where asked or where they are the faster ones."""
+    """As the BLAS does, whole and in pieces; but only where they can, and where asked or where they
+    are the faster ones. A whole weight is scattered once."""
     torch.manual_seed(0)
-    calls: list[str] = []
-    for name in ("forward", "input_gradient", "weight_gradient"):
-        plain = getattr(strips_cpu, name)
-
-        def counted(*args: Any, plain: Any = plain, name: str = name) -> Any:
-            calls.append(name)
-            return plain(*args)
-
-        monkeypatch.setattr(strips_cpu, name, counted)
     for (n_out, n_in, fits), dtype in itertools.product(SHAPES, (torch.float32, torch.float64)):
         case = Case(topology_of(Grid.of(n_out, n_in, 1, block), "some"), dtype)
         can = fits and dtype == torch.float32 and 16 % block[1] == 0
         layout, bias = case.topology.layout, torch.randn(n_out).to(dtype) if with_bias else None
-        dy, x = torch.randn(37, n_out).to(dtype), torch.randn(37, n_in).to(dtype).requires_grad_()
+        dy, x = torch.randn(n_out, 37).to(dtype).T, torch.randn(n_in, 37).to(dtype).T
+        x.requires_grad_()
         wide = x.detach().double()
         expected = F.linear(wide, case.weight, None if bias is None else bias.double())
-        ways = ((True, 1.0), (False, 0.0), (None, 0.0), (None, 1.0))
-        for (by_loops, slow), pieces in itertools.product(ways, (1, 3)):
-            monkeypatch.setattr(waiting, "PIECE_BYTES", -(-n_out // pieces) * n_in * x.itemsize)
+        for by_loops, slow in ((True, 1.0), (False, 0.0), (None, 0.0), (None, 1.0)):
+            monkeypatch.setattr(waiting, "PIECE_BYTES", 1 << 20)
             ns = {"scattered_cpu linear": {1: (0.5, *4 * [0.0])}, costs.LOOPS: {1: 5 * (slow,)}}
             monkeypatch.setattr(constants, "on_cpu", lambda ns=ns: constants.OnCpu(ns, True))
             monkeypatch.setattr(scattered_cpu, "by_loops", by_loops)
             x.grad = case.values.grad = None
-            calls.clear()
+            called.clear()
             y = sparse_linear(x, case.values, layout, bias)
             torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
             y.backward(dy)
@@ -258,16 +267,71 @@ def test_loops_multiply_by_what_is_scattered(
                 x.grad.double(), dy.double() @ case.weight, rtol=1e-5, atol=1e-4
             )
             case.check_gradient(dy.double().T @ wide, 1e-4)
-            if pieces == 1:
-                wanted = slow == 0 if by_loops is None else by_loops
-                assert len(set(calls)) == len(calls) == 3 * (wanted and can)
-            none = sparse_linear(x[:0].detach(), case.values.detach(), layout, bias)
-            assert none.shape == (0, n_out)
-            # The gradients of nothing, and one of the two alone.
+            wanted = slow == 0 if by_loops is None else by_loops
+            products = PRODUCTS if wanted and can else ()
+            assert sorted(called) == sorted([*products, "put"])
+
+
+@pytest.mark.parametrize("by_loops", [False, True])
+@pytest.mark.parametrize("block", [(1, 1), (8, 4)])
+def test_pieces_of_a_weight(
+    block: tuple[int, int], by_loops: bool, called: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 128, 128 and 64 rows; of 64 and 40. Each gradient alone as well."""
+    monkeypatch.setattr(scattered_cpu, "by_loops", by_loops)
+    for n_out, n_in, high, count in ((320, 45, 128, 3), (104, 48, 64, 2)):
+        monkeypatch.setattr(waiting, "PIECE_BYTES", high * 48 * 4)
+        case = Case(topology_of(Grid.of(n_out, n_in, 1, block), "some"), torch.float32)
+        x, dy, bias = torch.randn(9, n_in), torch.randn(9, n_out), torch.randn(n_out)
+        dx, dweight = dy.double() @ case.weight, dy.double().T @ x.double()
+        for need_x, need_values in ((True, True), (True, False), (False, True)):
             case.values.grad = None
-            sparse_linear(x[:0].detach(), case.values, layout, bias).sum().backward()
-            assert not case.values.grad.any()
-            sparse_linear(x, case.values.detach(), layout, bias).sum().backward()
+            own = x.clone().requires_grad_(need_x)
+            values = case.values if need_values else case.values.detach()
+            called.clear()
+            y = sparse_linear(own, values, case.topology.layout, bias)
+            expected = x.double() @ case.weight.T + bias.double()
+            torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+            y.backward(dy)
+            if need_x:
+                torch.testing.assert_close(own.grad.double(), dx, rtol=1e-5, atol=1e-4)
+            if need_values:
+                case.check_gradient(dweight, 1e-4)
+            products = ["forward", *need_x * ["input_gradient"], *need_values * ["weight_gradient"]]
+            loops = sorted(name for name in called if name != "put")
+            assert loops == sorted(by_loops * count * products)
+            assert called.count("put") == count * (1 + need_x)
+        none = torch.empty(0, n_in, requires_grad=True)
+        case.values.grad = None
+        y = sparse_linear(none, case.values, case.topology.layout, bias)
+        assert y.shape == (0, n_out)
+        y.sum().backward()
+        assert not case.values.grad.any() and none.grad.shape == none.shape
+
+
+def test_another_way_in_backward_than_in_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(topology_of(Grid.of(64, 48, 1, (2, 2)), "some"), torch.float32)
+    monkeypatch.setattr(waiting, "PIECE_BYTES", 1 << 20)
+    for first in (True, False):
+        x = torch.randn(5, 48, requires_grad=True)
+        monkeypatch.setattr(scattered_cpu, "by_loops", first)
+        y = sparse_linear(x, case.values, case.topology.layout)
+        monkeypatch.setattr(scattered_cpu, "by_loops", not first)
+        y.sum().backward()
+        expected = case.weight.sum(0).expand(5, -1)
+        torch.testing.assert_close(x.grad.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_finite_stays_out_of_the_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(topology_of(Grid.of(64, 46, 1, (4, 4)), "all"), torch.float32)
+    monkeypatch.setattr(waiting, "PIECE_BYTES", 1 << 20)
+    for by_loops in (True, False):
+        monkeypatch.setattr(scattered_cpu, "by_loops", by_loops)
+        case.values.grad = None
+        y = sparse_linear(torch.randn(3, 46), case.values, case.topology.layout)
+        y.backward(torch.full_like(y, torch.inf))
+        edge = case.values.grad[torch.tensor([slot for slot, _, c in case.places() if c.stop > 44])]
+        assert len(edge) == 16 and not edge[:, :, 2:].any() and not edge[:, :, :2].isfinite().any()
 
 
 @pytest.mark.skipif(not registers.expands(), reason="the processor does not spread by a mask")
@@ -283,6 +347,7 @@ def test_what_lies_in_strips_is_moved_by_bits_as_by_numbers(
             monkeypatch.setattr(waiting, "PIECE_BYTES", 1 << 20)
             (piece,) = scatter_cpu.pieces(values, (*offsets, order), n_out, n_in)
             expected = scatter(values, *offsets, order, n_out, 1, n_in)[:, 0]
+            assert piece.bits is not None
             for one in (piece, piece._replace(bits=None)):
                 strips = _nan(torch.empty(strips_cpu.shape(n_out, n_in)))
                 rows = strips_cpu.dense(strips, n_out)
@@ -303,15 +368,25 @@ def test_pieces_of_whole_blocks_that_fit(monkeypatch: pytest.MonkeyPatch) -> Non
         for most in (1, 50, 64, 300, 2000):
             monkeypatch.setattr(waiting, "PIECE_BYTES", most * n_in * size)
             rows = scatter_cpu.rows_at_once(n_out, n_in, bh, size)
-            if size == 2 or most >= n_out:
+            fit = waiting.PIECE_BYTES // (-(-n_in // 16) * 16 * size)
+            if size == 2 or fit >= -(-n_out // 64) * 64:
                 assert rows == n_out
-            elif most >= bh:
-                assert rows <= most and rows % bh == 0
+            elif fit >= bh:
+                assert rows <= fit and rows % bh == 0
                 # No more of them than have to be, unless they are cut at other blocks.
-                assert -(-n_out // rows) <= -(-n_out // max(bh, (most - 191) // bh * bh))
-                assert rows % 64 == 0 or most < 192
+                assert -(-n_out // rows) <= -(-n_out // max(bh, (fit - 191) // bh * bh))
+                assert rows % 64 == 0 or fit < 192
             else:
                 assert rows == bh
+
+
+@pytest.mark.skipif(not registers.expands(), reason="the processor does not spread by a mask")
+def test_by_bits_a_weight_lies_in_rows() -> None:
+    case = Case(topology_of(Grid.of(32, 48, 1, (1, 1)), "all"), torch.float32)
+    piece, *_ = scatter_cpu.pieces(case.values, case.topology.layout[:3], 32, 48)
+    for dense in (torch.empty(48, 1, piece.outputs).mT.mT.permute(2, 1, 0), torch.empty(32, 6, 8)):
+        with pytest.raises(ValueError, match="does not lie in rows of 16 columns"):
+            scatter_cpu.put(case.values, piece, dense)
 
 
 def test_training_after_inference_mode() -> None:
@@ -346,6 +421,21 @@ def test_the_same_values_in_layers_of_two_shapes() -> None:
         expected = case.weight.sum(0)
         torch.testing.assert_close(x.grad.double(), expected.expand(6, -1))
         torch.testing.assert_close(maps.grad.double(), expected[:, None, None].expand(2, -1, 3, 1))
+
+
+def test_the_same_values_in_layers_whose_strips_are_as_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(waiting, "PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr(scattered_cpu, "by_loops", True)
+    case = Case(topology_of(Grid.of(64, 48, 1, (16, 16)), "some"), torch.float32)
+    layout = case.topology.layout
+    x = torch.randn(6, 48, requires_grad=True)
+    y = sparse_linear(x, case.values, layout)
+    sparse_linear(x, case.values, layout._replace(n_out=63))
+    y.sum().backward()
+    expected = case.weight.sum(0).expand(6, -1)
+    torch.testing.assert_close(x.grad.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_room_is_left_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +504,7 @@ def _kept() -> list[Tensor]:
 
 def test_a_weight_waits_for_its_backward_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     size = 20 * 30 * 4
-    monkeypatch.setattr(waiting, "PIECE_BYTES", size)
+    monkeypatch.setattr(waiting, "PIECE_BYTES", 1 << 20)
     monkeypatch.setattr(waiting, "WAITING_BYTES", 2 * size)
     made: list[int] = []
     plain = scatter_cpu.put
@@ -450,21 +540,21 @@ def test_a_weight_waits_for_its_backward_and_no_longer(monkeypatch: pytest.Monke
 def test_what_was_kept_is_not_used_for_another_weight() -> None:
     case = Case(topology_of(Grid.of(20, 12, 1, (1, 1)), "some"), torch.float32)
     index, values = case.topology.layout[:3], case.values.detach()
-    weight = torch.randn(20, 12)
+    weight, lies = torch.randn(20, 12), (20, 12)
     for change in (None, values, index[1]):
-        waiting.keep(weight, values, index)
+        waiting.keep(weight, lies, values, index)
         if change is not None:
             change.add_(0)
-        found = waiting.take(values, index, weight.shape)
+        found = waiting.take(lies, values, index)
         assert found is (weight if change is None else None)
-        assert waiting.take(values, index, weight.shape) is None
-    waiting.keep(weight, values, index)
-    assert waiting.take(values, (*index[:2], index[2].clone()), weight.shape) is None
-    waiting.keep(weight, values, index)
-    assert waiting.take(values.clone(), index, weight.shape) is None
+        assert waiting.take(lies, values, index) is None
+    waiting.keep(weight, lies, values, index)
+    assert waiting.take(lies, values, (*index[:2], index[2].clone())) is None
+    waiting.keep(weight, lies, values, index)
+    assert waiting.take(lies, values.clone(), index) is None
     with torch.inference_mode():
-        assert waiting.take(torch.ones(3, 1, 1), index, weight.shape) is None
-    assert waiting.take(values, index, (20, 1, 12)) is None
+        assert waiting.take(lies, torch.ones(3, 1, 1), index) is None
+    assert waiting.take((20, 1, 12), values, index) is None
 
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def weight_gradient(
     out: Tensor | None = None,
 ) -> Tensor:
     """dy^T x at the alive blocks alone: (capacity, bh, bw), free slots zero; or -> ``out``,
-    contiguous and of what is computed in, whose free slots stay as they are. What is multiplied is
+    contiguous and of what is computed in, whose free slots hold anything. What is multiplied is
     copied some rows at a time, since rows far apart share their places in the cache. Narrow blocks
     would copy the same again and again: for them, all of x, up to ``PIECE_BYTES``, at once.
     """

@@ -100,7 +100,7 @@ def _forward(
     weight = _dense_weight(x, values, *index, n_out, kernel)
     # Only the gradient of x needs it again.
     if x.requires_grad and scatter_cpu.available(values, weight.numel()):
-        waiting.keep(weight, values, index)
+        waiting.keep(weight, weight.shape, values, index)
     return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation)
 
 
@@ -159,7 +159,7 @@ def _gradients(
             dvalues = form.weight_gradient(x, dy, *at, *geometry)
         return dx, dvalues
     index = row_offsets, cols, slots
-    weight = waiting.take(values, index, (dy.shape[1], x.shape[1], *kernel))
+    weight = waiting.take((dy.shape[1], x.shape[1], *kernel), values, index)
     if weight is None:
         weight = _dense_weight(x, values, *index, dy.shape[1], kernel)
     dx, dense, _ = torch.ops.aten.convolution_backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, ParamSpec, TypeVar
 
@@ -120,7 +121,8 @@ def dense_works(layer: Layer) -> list[Work]:
     entries = layer.n_out * layer.n_in
     beyond = max(0, entries - CACHED_BYTES // layer.itemsize)
     singles = layer.alive if layer.block == (1, 1) else 0
-    forms = _dense_forms(*layer[:2], layer.is_convolution, layer.itemsize, layer.block)
+    shape = layer.n_out, layer.n_in
+    forms = _dense_forms(shape, layer.block, layer.is_convolution, layer.itemsize)
     moved = float(entries), float(beyond), float(singles)
     if _lies_dense(layer):
         forms, moved = forms[:1], (0.0, 0.0, 0.0)
@@ -132,7 +134,7 @@ def _lies_dense(layer: Layer) -> bool:
     entries = layer.n_out * layer.n_in
     if layer.block != (1, 1) or layer.alive != entries or layer.is_convolution:
         return False
-    form, *_ = _dense_forms(*layer[:2], False, layer.itemsize, layer.block)
+    form, *_ = _dense_forms((layer.n_out, layer.n_in), (1, 1), False, layer.itemsize)
     return form.startswith("scattered_cpu")
 
 
@@ -187,15 +189,15 @@ def _constant(function: Callable[P, T]) -> Callable[P, T]:
 
 @_constant
 def _dense_forms(
-    n_out: int, n_in: int, convolution: bool, itemsize: int, block: tuple[int, int]
+    shape: tuple[int, int], block: tuple[int, int], convolution: bool, itemsize: int
 ) -> list[str]:
     from triton_kernels import scatter_cpu, strips_cpu
 
     values = torch.empty(0, *block, dtype=_DTYPES[itemsize], device="cpu")
-    own = scatter_cpu.available(values, n_out * n_in)
+    own = scatter_cpu.available(values, math.prod(shape))
     form = "scattered_cpu" if own else "scattered"
     form += " conv" if convolution else " linear"
-    if own and not convolution and strips_cpu.available(values, n_out, n_in):
+    if own and not convolution and strips_cpu.available(values, *shape):
         return [form, LOOPS]
     # Whether a machine multiplies half precision as it is makes all the difference.
     return [form + " half" if itemsize == 2 else form]

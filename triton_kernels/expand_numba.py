@@ -9,8 +9,9 @@ values: (capacity,); bits: uint16 (rows, columns / 16 rounded up), the i-th bit 
 i-th column; offsets: of some rows, from any number on; slots: of their weights, not looked at where
 ``ordered``: slot k then holds the k-th of all weights, and ``offsets`` count all of them; dense:
 the memory of a weight of ``places`` = (columns, step, next), where the numbers of a row begin a
-``step`` behind those of the row before, and each 16 of them a ``next`` behind the last 16; first,
-last: rows. 4 bytes a number. Without the interpreter's lock. Nothing is checked.
+``step`` behind those of the row before, and each 16 of them a ``next`` behind the last 16 (columns
+that are no multiple of 16 lie side by side); first, last: rows. 4 bytes a number. Without the
+interpreter's lock. Nothing is checked.
 """
 
 from __future__ import annotations

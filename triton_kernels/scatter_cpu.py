@@ -1,7 +1,8 @@
 """Scattering values into a dense weight and gathering them back, on the CPU with numba: all of it,
 or some rows at a time.
 
-A dense weight is given as (rows, taps, channels), in any memory order.
+A dense weight is given as (rows, taps, channels), in any memory order. Of a ``Piece`` whose single
+weights are found by bits, channels lie side by side, and are 16 if there is more than one tap.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ LEAST_ENTRIES = 1 << 16
 _SHARED = 1 << 18
 # Share of single weights from which bits say where they are rather than column numbers.
 _CROWDED = 1 / 32
-# Rows that others take for a block.
-HEIGHT = 64
+# Of a dense weight in strips (``strips_cpu``): their columns, and the rows of a block of them.
+WIDTH, HEIGHT = 16, 64
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -55,7 +56,7 @@ def gather(
     dense: Tensor, values: Tensor, row_offsets: Tensor, cols: Tensor, slots: Tensor
 ) -> Tensor:
     """``layout.gather`` of the gradient of these values from that of the dense weight."""
-    out = gradient(values, cols)
+    out = room_for_gradient(values, cols)
     get(out, Piece.whole((row_offsets, cols, slots), len(dense)), dense)
     return out
 
@@ -79,8 +80,8 @@ def get(values: Tensor, piece: Piece, dense: Tensor) -> None:
     _share((kernel, compress), values, piece, dense)
 
 
-def gradient(values: Tensor, cols: Tensor) -> Tensor:
-    """Room for that of these values. Every alive block is written whole; only free slots need
+def room_for_gradient(values: Tensor, cols: Tensor) -> Tensor:
+    """For that of these values. Every alive block is written whole; only free slots need
     zeros."""
     make = values.new_empty if len(values) == cols.numel() else values.new_zeros
     return make(values.shape)
@@ -103,7 +104,6 @@ class _Bits(NamedTuple):
         from triton_kernels.compiled_numba import jit_is_off
         from triton_kernels.expand_numba import mark
         from triton_kernels.registers import expands
-        from triton_kernels.vectors import WIDTH
 
         if jit_is_off() or not expands():
             return None
@@ -135,7 +135,7 @@ def pieces(values: Tensor, index: Index, n_out: int, n_in: int) -> list[Piece]:
     )
     rows, n_rows = rows_at_once(n_out, n_in, bh, size), row_offsets.numel() - 1
     if rows == n_out:
-        return [Piece(slice(0, n_out), n_out, index, bits)]
+        return [Piece.whole(index, n_out)._replace(bits=bits)]
     cuts = [*range(0, n_rows, rows // bh), n_rows]
     ends = row_offsets[cuts].tolist()
     return [
@@ -150,10 +150,11 @@ def pieces(values: Tensor, index: Index, n_out: int, n_in: int) -> list[Piece]:
 
 
 def rows_at_once(n_out: int, n_in: int, bh: int, itemsize: int) -> int:
-    """Rows of a piece: of whole blocks and, where there are enough, of as many of ``HEIGHT``."""
-    most = waiting.PIECE_BYTES // (n_in * itemsize)
+    """Rows of a piece: all of them, if they fit, in strips too; or whole blocks that fit and, where
+    that leaves some, whole blocks of strips as well."""
+    most = waiting.PIECE_BYTES // (-(-n_in // WIDTH) * WIDTH * itemsize)
     # Sums of half precision are not to be rounded after every piece.
-    if itemsize <= 2 or n_out <= most:
+    if itemsize <= 2 or -(-n_out // HEIGHT) * HEIGHT <= most:
         return n_out
     unit = math.lcm(bh, HEIGHT)
     if most < unit:
@@ -195,7 +196,13 @@ def _memory(dense: Tensor) -> tuple[Any, tuple[int, int, int]]:
     """Where the numbers of (rows, taps, channels) lie, flat, and (columns, step, next): those of a
     row, what is from one row to the next, and from 16 columns to the next 16."""
     rows, taps, channels = dense.shape
-    step, tap, _ = dense.stride()
+    step, tap, one = dense.stride()
+    # The kernel checks nothing.
+    if one != 1 or (taps > 1 and channels != WIDTH):
+        raise ValueError(
+            f"a weight of {tuple(dense.shape)} with strides {dense.stride()} does not lie in rows "
+            f"of {WIDTH} columns"
+        )
     extent = (rows - 1) * step + (taps - 1) * tap + channels
     flat = dense.as_strided((extent,), (1,)).numpy()
-    return flat, (taps * channels, step, 16 if taps == 1 else tap)
+    return flat, (taps * channels, step, WIDTH if taps == 1 else tap)

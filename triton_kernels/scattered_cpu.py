@@ -36,17 +36,21 @@ def forward(
     if _lies_dense(values, index, n_out, x.shape[1]):
         return linear(x, values.detach().view(n_out, x.shape[1]), bias)
     weight = _Weight(x, values, index, n_out)
-    room = waiting.room(values, weight.shape)
-    parts = []
+    room, whole = waiting.room(values, weight.shape), len(weight.pieces) == 1
+    y = x.new_empty(0 if whole else (len(x), n_out))
     for piece in weight.pieces:
-        scatter_cpu.put(values, piece, weight.rows(room, piece))
-        parts.append(weight.forward(x, room, piece, None if bias is None else bias[piece.rows]))
+        scatter_cpu.put(values, piece, weight.dense(room, piece))
+        own = weight.forward(x, room, piece, None if bias is None else bias[piece.rows])
+        if whole:
+            y = own
+        else:
+            y[:, piece.rows] = own
     # Only the gradient of x needs it again.
-    if x.requires_grad and len(parts) == 1:
-        waiting.keep(room, values, index)
+    if x.requires_grad and whole:
+        waiting.keep(room, weight.lies, values, index)
     else:
         waiting.leave(room)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return y
 
 
 def backward(
@@ -67,26 +71,28 @@ def backward(
             dx = dy @ values.detach().view(n_out, x.shape[1])
         return dx, (dy.T @ x).view(values.shape) if need_values else dvalues
     if need_values:
-        dvalues = scatter_cpu.gradient(values, cols)
+        dvalues = scatter_cpu.room_for_gradient(values, cols)
     weight = _Weight(x, values, index, n_out)
-    kept = waiting.take(values, index, weight.shape)
+    kept = waiting.take(weight.lies, values, index)
     room = waiting.room(values, weight.shape) if kept is None else kept
     for piece in weight.pieces:
         own = dy[:, piece.rows]
         if need_x:
             if kept is None:
-                scatter_cpu.put(values, piece, weight.rows(room, piece))
+                scatter_cpu.put(values, piece, weight.dense(room, piece))
             dx = weight.add_input_gradient(dx, own, room, piece)
         if need_values:
             weight.gradient(x, own, room, piece)
-            scatter_cpu.get(dvalues, piece, weight.rows(room, piece))
+            scatter_cpu.get(dvalues, piece, weight.dense(room, piece))
     waiting.leave(room)
     return dx, dvalues
 
 
 class _Weight:
-    """What multiplies by a scattered weight, a piece of it at a time, which lies in a room of
-    ``shape``."""
+    """What multiplies by a scattered weight, a piece of it at a time, which lies in a room.
+
+    shape: of the room; lies: what it holds, as ``waiting`` takes it.
+    """
 
     def __init__(self, x: Tensor, values: Tensor, index: Index, n_out: int) -> None:
         self._index, self._columns = index, x.shape[1]
@@ -95,8 +101,9 @@ class _Weight:
         rows = self.pieces[0].outputs
         plain = (rows, 1, x.shape[1])
         self.shape = strips_cpu.shape(rows, x.shape[1]) if self._loops else plain
+        self.lies = self._loops, n_out, x.shape[1]
 
-    def rows(self, room: Tensor, piece: Piece) -> Tensor:
+    def dense(self, room: Tensor, piece: Piece) -> Tensor:
         """As ``scatter_cpu`` takes it."""
         return strips_cpu.dense(room, piece.outputs) if self._loops else room[: piece.outputs]
 

@@ -13,20 +13,22 @@ import torch
 from torch import Tensor
 
 from triton_kernels import blocks_tiles, scatter_cpu
-from triton_kernels.scatter_cpu import HEIGHT, Index
+from triton_kernels.scatter_cpu import HEIGHT, WIDTH, Index
 
-WIDTH = 16
-# Rows may be rounded up by this share.
+# Rows and columns may be rounded up by this share.
 _PADDED = 1 / 8
 
 
 def available(values: Tensor, n_out: int, n_in: int) -> bool:
     """For a weight of such values, on this processor."""
-    # Some machines multiply half precision natively, and the BLAS is no slower in double.
+    # Some machines multiply half precision natively, and the BLAS is no slower in double. To what
+    # scatters a block, its columns are those of one tap.
     if values.dtype != torch.float32 or WIDTH % values.shape[2]:
         return False
     rows = scatter_cpu.rows_at_once(n_out, n_in, values.shape[1], values.element_size())
-    return -rows % HEIGHT <= rows * _PADDED and blocks_tiles.available(values, (HEIGHT, WIDTH))
+    if -rows % HEIGHT > rows * _PADDED or -n_in % WIDTH > n_in * _PADDED:
+        return False
+    return blocks_tiles.available(values, (HEIGHT, WIDTH))
 
 
 def shape(rows: int, columns: int) -> tuple[int, int, int]:
@@ -75,3 +77,5 @@ def weight_gradient(x: Tensor, dy: Tensor, strips: Tensor, blocks: Blocks) -> No
     """dy^T x -> ``strips``."""
     out = strips.view(-1, HEIGHT, WIDTH)
     blocks_tiles.weight_gradient(x, dy, *blocks.rows, len(out), (HEIGHT, WIDTH), out)
+    # What is beyond the last column is zero already, but for gradients that are not finite.
+    strips[-1, :, x.shape[1] - WIDTH * (len(strips) - 1) :] = 0

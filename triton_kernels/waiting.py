@@ -8,6 +8,7 @@ is scattered is never older than the last forward.
 from __future__ import annotations
 
 import threading
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +25,10 @@ Index = tuple[Tensor, Tensor, Tensor]
 
 
 class _Kept(NamedTuple):
-    """A scattered weight, and what it was scattered from: the values as they were."""
+    """A scattered weight, how it lies, and what it was scattered from: the values as they were."""
 
     weight: Tensor
+    lies: Hashable
     places: Index
     versions: list[int]
 
@@ -49,21 +51,22 @@ _waiting = _Waiting()
 
 def room(values: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Memory for a weight of these values, which holds anything."""
-    room, _waiting.room = _waiting.room, None
-    if room is not None and room.shape == shape and room.dtype == values.dtype:
-        return room
+    last, _waiting.room = _waiting.room, None
+    if last is not None and last.shape == shape and last.dtype == values.dtype:
+        return last
     # It may be written to again outside of the inference mode that somebody is in.
     with torch.inference_mode(False):
         return torch.empty(shape, dtype=values.dtype, device=values.device)
 
 
-def leave(memory: Tensor) -> None:
-    """For the next weight."""
-    _waiting.room = memory if memory.nbytes <= PIECE_BYTES else None
+def leave(weight: Tensor) -> None:
+    """Its memory, for the next one."""
+    _waiting.room = weight if weight.nbytes <= PIECE_BYTES else None
 
 
-def keep(weight: Tensor, values: Tensor, index: Index) -> None:
-    """Leave a weight, which nobody else may write to, for ``take``."""
+def keep(weight: Tensor, lies: Hashable, values: Tensor, index: Index) -> None:
+    """Leave a weight, which nobody else may write to, for ``take``. lies: its shape, and all else
+    that says what its memory holds."""
     weights = _waiting.weights
     weights.pop(values, None)
     held = sum(kept.weight.nbytes for kept in weights.values()) + weight.nbytes
@@ -72,14 +75,14 @@ def keep(weight: Tensor, values: Tensor, index: Index) -> None:
             break
         held -= weights.pop(older).weight.nbytes
     if held <= WAITING_BYTES:
-        weights[values] = _Kept(weight, index, _versions(values, index))
+        weights[values] = _Kept(weight, lies, index, _versions(values, index))
 
 
-def take(values: Tensor, index: Index, shape: tuple[int, ...]) -> Tensor | None:
-    """What was kept of these values at these places, if it is still there, in this shape: for the
-    caller alone."""
+def take(lies: Hashable, values: Tensor, index: Index) -> Tensor | None:
+    """What was kept of these values at these places, if it is still there and lies like this: for
+    the caller alone."""
     kept = _waiting.weights.pop(values, None)
-    if kept is None or kept.versions != _versions(values, index) or kept.weight.shape != shape:
+    if kept is None or kept.versions != _versions(values, index) or kept.lies != lies:
         return None
     same = all(a is b for a, b in zip(kept.places, index, strict=True))
     return kept.weight if same else None
