@@ -23,6 +23,10 @@ def _case(n_out: int, n_in: int, alive: str, dtype: torch.dtype) -> Case:
     return Case(topology_of(Grid.of(n_out, n_in, 1, (1, 1)), alive), dtype)
 
 
+def _single(n_out: int, n_in: int) -> csr_runs.Matrix:
+    return csr_runs.Matrix((n_out, n_in), (1, 1), (1, 1))
+
+
 def _check(case: Case, x: Tensor, dy: Tensor, tolerance: float) -> None:
     """Both gradients at once, against a dense float64 reference, and one by one."""
     layout = case.topology.layout
@@ -34,10 +38,14 @@ def _check(case: Case, x: Tensor, dy: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(dx.double(), expected, rtol=tolerance, atol=atol)
     case.values.grad = gradient.to(case.values.dtype)
     case.check_gradient(dy.double().T @ x.double(), atol)
-    alone = csr_cpu.product(dy, values, *layout[3:6], x.shape[1])
+    alone = csr_cpu.input_gradient(dy, values, *layout[3:6], x.shape[1])
     torch.testing.assert_close(dx, alone, rtol=tolerance, atol=atol)
-    alone = csr_cpu.weight_gradient(x, dy, *layout[:3], len(values))
+    block = (values.shape[1], values.shape[2])
+    alone = csr_cpu.weight_gradient(x, dy, *layout[:3], len(values), block)
     torch.testing.assert_close(gradient, alone, rtol=tolerance, atol=atol)
+    y = csr_cpu.forward(x, values, *layout[:3], dy.shape[1])
+    expected = x.double() @ case.weight.to(x.dtype).double().T
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=atol)
 
 
 @pytest.mark.parametrize("alive", ["none", "one", "some", "all"])
@@ -49,6 +57,29 @@ def test_both_gradients_at_once(alive: str) -> None:
         case = _case(n_out, n_in, alive, torch.float64)
         x, dy = torch.randn(batch, n_in).double(), torch.randn(batch, n_out).double()
         _check(case, x, dy, 1e-11)
+
+
+@pytest.mark.parametrize("alive", ["none", "one", "some", "all"])
+@pytest.mark.parametrize("block", [(2, 2), (1, 7), (7, 1), (3, 40), (15, 16), (16, 4)])
+def test_small_blocks_are_single_weights(block: tuple[int, int], alive: str) -> None:
+    """NaN in free slots; at the edges, zeros."""
+    torch.manual_seed(0)
+    for n_out, n_in, batch in ((48, 80, 70), (50, 33, 20), (1, 129, 64), (40, 1, 5), (9, 7, 0)):
+        case = Case(topology_of(Grid.of(n_out, n_in, 1, block), alive), torch.float64)
+        x, dy = torch.randn(batch, n_in).double(), torch.randn(batch, n_out).double()
+        _check(case, x, dy, 1e-11)
+
+
+def test_many_slots_of_small_blocks() -> None:
+    """Numbers of values beyond what those of blocks are counted by."""
+    index = torch.tensor([0, 1], dtype=torch.int32)
+    far = torch.tensor([(1 << 30) - 1, 5], dtype=torch.int32)
+    for slots, kind in ((far, np.int64), (index, np.int32)):
+        matrix = csr_runs.Matrix((2, 4), (2, 2), (2, 1))
+        offsets = np.array([0, 2], np.int32)
+        *_, found = csr_runs._singles(offsets, index.numpy(), slots.numpy(), matrix)
+        expected = [4 * s + 2 * i + j for i in (0, 1) for s in slots.tolist() for j in (0, 1)]
+        assert found.dtype == kind and found.tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -97,7 +128,7 @@ def test_runs_hold_every_nonzero_once(width: int, threads: int) -> None:
 
     layout = _case(70, 90, "some", torch.float32).topology.layout
     order = layout.row_offsets, layout.cols, layout.slots
-    runs, (parts,) = csr_runs.runs_of(order, 90, width, 16, threads)
+    runs, (parts,) = csr_runs.runs_of(order, _single(70, 90), width, 16, threads)
     groups, pieces = len(runs.starts) - 1, -(-90 // width)
     assert len(parts) == threads
     assert [group for part in parts for group in range(*part)] == list(range(groups))
@@ -137,10 +168,10 @@ def test_threads_take_one_share_after_the_other(
     for share in (1 << 20, 200):
         monkeypatch.setattr(csr_runs, "_SHARE", share)
         order = (*first, slots.clone())  # of which nothing is remembered
-        y = csr_cpu.product(x, case.values.detach(), *order, 90)
+        y = csr_cpu.forward(x, case.values.detach(), *order, 90)
         both = csr_cpu.gradients(x, dy, case.values.detach(), *second, slots_t.clone())
         found.append((y, *both))
-        runs, shares = csr_runs.runs_of(order, 70, 70, 4, threads)
+        runs, shares = csr_runs.runs_of(order, _single(90, 70), 70, 4, threads)
         parts = [part for some in shares for part in some]
         assert all(len(some) <= threads for some in shares) and len(shares[0]) == threads
         assert sorted(group for part in parts for group in range(*part)) == [*range(23)]
@@ -179,8 +210,8 @@ def test_a_small_product_takes_the_order_of_a_large_one(monkeypatch: pytest.Monk
     monkeypatch.setattr(csr_runs, "_runs", lambda *a: made.append(1) or order(*a))
     layout, values = case.topology.layout, case.values.detach()
     large = torch.randn(4000, 300)
-    expected = csr_cpu.product(large, values, *layout[:3], 400)
-    y = csr_cpu.product(large[:33], values, *layout[:3], 400)
+    expected = csr_cpu.forward(large, values, *layout[:3], 400)
+    y = csr_cpu.forward(large[:33], values, *layout[:3], 400)
     torch.testing.assert_close(y, expected[:33])
     assert made == [1]
 
@@ -190,7 +221,7 @@ def test_nothing_on_one_side(n_out: int, n_in: int) -> None:
     offsets = [torch.zeros(n + 1, dtype=torch.int32) for n in (n_out, n_in)]
     none, values = torch.empty(0, dtype=torch.int32), torch.empty(0, 1, 1)
     x, dy = torch.randn(20, n_in), torch.randn(20, n_out)
-    y = csr_cpu.product(x, values, offsets[0], none, none, n_out)
+    y = csr_cpu.forward(x, values, offsets[0], none, none, n_out)
     assert y.shape == (20, n_out) and not y.any()
     dx, gradient = csr_cpu.gradients(x, dy, values, offsets[1], none, none)
     assert dx.shape == (20, n_in) and not dx.any() and gradient.shape == values.shape
@@ -217,7 +248,7 @@ def test_runs_of_every_length(vectors: int, together: int, dtype: torch.dtype) -
     x, own = torch.randn(70, 40, dtype=dtype), torch.randn(70, 36, dtype=dtype)
     values = torch.randn(len(index), dtype=dtype)
     y, grad = torch.full_like(own, torch.nan), torch.full_like(values, torch.nan)
-    runs, (parts,) = csr_runs.runs_of((offsets, index, slots), 40, 40, 512, 1)
+    runs, (parts,) = csr_runs.runs_of((offsets, index, slots), _single(36, 40), 40, 512, 1)
     tensors = [tensor.numpy() for tensor in (x, own, values, y, grad)]
     walk(vectors, True, True, together)(*tensors[:3], *runs, *tensors[3:], *parts[0])
     rows = torch.repeat_interleave(torch.arange(36), offsets.diff().long())
@@ -236,7 +267,7 @@ def test_wide_indices(dtype: torch.dtype) -> None:
     case = _case(60, 50, "some", torch.float32)
     order = [tensor.to(dtype) for tensor in case.topology.layout[:3]]
     x = torch.randn(20, 50)
-    y = csr_cpu.product(x, case.values.detach(), *order, 60)
+    y = csr_cpu.forward(x, case.values.detach(), *order, 60)
     torch.testing.assert_close(y, x @ case.weight.float().T)
 
 
@@ -249,7 +280,7 @@ def test_all_slots_are_written() -> None:
     torch.use_deterministic_algorithms(True)  # fills what is empty with NaN
     try:
         dx, gradient = csr_cpu.gradients(x, dy, values, *layout[3:6])
-        y = csr_cpu.product(x, values, *layout[:3], 40)
+        y = csr_cpu.forward(x, values, *layout[:3], 40)
     finally:
         torch.use_deterministic_algorithms(False)
     weight = layer.dense_weight().detach()

@@ -52,7 +52,7 @@ def _check(form: forms.Form, case: Case, batch: int, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("alive", ["none", "one", "some", "all"])
 @pytest.mark.parametrize("block", [(16, 16), (32, 16), (3, 5)])
-@pytest.mark.parametrize("form", OF_BLOCKS, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", [*OF_BLOCKS, forms.CSR_CPU], ids=lambda form: form.name)
 def test_blocks(form: forms.Form, block: tuple[int, int], alive: str, dtype: torch.dtype) -> None:
     _skip_unless_available(form)
     if form is forms.BLOCKS_TILES and any(side % 16 for side in block):
@@ -162,7 +162,7 @@ def test_the_result_does_not_depend_on_threads() -> None:
     try:
         for number in (1, 2, 5):
             torch.set_num_threads(number)
-            y = csr_cpu.product(x, values, *layout[:3], 400)
+            y = csr_cpu.forward(x, values, *layout[:3], 400)
             gradient = csr_cpu.weight_gradient(x, dy, *layout[:3], len(values))
             found.append((y, gradient))
     finally:

@@ -149,8 +149,11 @@ def sparse_work(layer: Layer) -> list[Work]:
     # Of the input and of the output.
     activations = layer.padded * (layer.n_in // layer.taps + layer.n_out)
     weights = layer.alive * bh * bw
-    parts = 6.0 * weights * layer.padded, float(layer.alive), float(activations), 1.0
-    works = [Work(form, min(bh, bw), parts)]
+    # Small blocks may be computed as single weights.
+    single = form.startswith("csr")
+    alive = weights if single else layer.alive
+    parts = 6.0 * weights * layer.padded, float(alive), float(activations), 1.0
+    works = [Work(form, 1 if single else min(bh, bw), parts)]
     if layer.itemsize == 2:
         works.append(Work(f"{form} half", 1, (3.0 * (weights + activations),)))
     return works

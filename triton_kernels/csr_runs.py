@@ -8,6 +8,7 @@ too many. Runs are sorted by their length, so that no branch depends on it.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -44,27 +45,43 @@ class Runs(NamedTuple):
     slots: NDArray[Any]
 
 
+class Matrix(NamedTuple):
+    """Of which shape the weight, or its transpose, is whose compressed rows of blocks an order is;
+    the sides of its blocks; and the steps from one row, and from one column, of a block to the
+    next. Single weights are blocks of one."""
+
+    shape: tuple[int, int]
+    sides: tuple[int, int]
+    steps: tuple[int, int]
+
+    @property
+    def T(self) -> Matrix:
+        return Matrix(self.shape[::-1], self.sides[::-1], self.steps[::-1])
+
+
 def runs_of(
-    order: tuple[Tensor, Tensor, Tensor], n: int, width: int, rows: int, threads: int
+    order: tuple[Tensor, Tensor, Tensor], matrix: Matrix, width: int, rows: int, threads: int
 ) -> tuple[Runs, list[Parts]]:
-    """The runs of a matrix of n columns, and what groups each thread takes, one share after the
-    other: worked out once for an order of a layout.
+    """The runs of a matrix, and what groups each thread takes, one share after the other: worked
+    out once for an order of a layout.
 
     order: offsets, index (ascending in each row) and slots of its compressed rows; width: columns
     of a piece, up to ``WIDEST``; rows: the most of a group, up to 2^16. Sums of a row do not depend
     on ``threads``.
     """
-    key = ("runs", n, width, rows, threads)
-    return memory.get(order, key, lambda: _runs(order, n, width, rows, threads))
+    key = ("runs", matrix, width, rows, threads)
+    return memory.get(order, key, lambda: _runs(order, matrix, width, rows, threads))
 
 
 def _runs(
-    order: tuple[Tensor, Tensor, Tensor], n: int, width: int, rows: int, threads: int
+    order: tuple[Tensor, Tensor, Tensor], matrix: Matrix, width: int, rows: int, threads: int
 ) -> tuple[Runs, list[Parts]]:
     # Not at the top: numba takes a second to import.
     from triton_kernels.csr_runs_numba import LONGEST, count, sort
 
     offsets, index, slots = (t.numpy() for t in order)
+    offsets, index, slots = _singles(offsets, index, slots, matrix)
+    n = matrix.shape[1]
     cuts = _cuts(offsets, threads)
     starts, parts = [0], []
     for first, last in pairwise(cuts):
@@ -79,10 +96,27 @@ def _runs(
     columns = np.empty(index.size, np.uint16)
     # Unsigned, since the compiler would ask of every other one whether it is negative.
     slots_ = np.empty(slots.size, f"u{slots.itemsize}")
-    matrix = offsets, index, slots
-    sort(*matrix, groups, width, pieces, ends, begins, rows_, columns, slots_)
+    found = rows_, columns, slots_
+    sort(offsets, index, slots, groups, width, pieces, ends, begins, *found)
     shares = _shares(parts, begins[np.arange(groups.size) * pieces])
     return Runs(groups, width, ends, begins, rows_, columns, slots_), shares
+
+
+def _singles(
+    offsets: NDArray[Any], index: NDArray[Any], slots: NDArray[Any], matrix: Matrix
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Compressed rows of blocks as those of their single weights."""
+    from triton_kernels.csr_runs_numba import spread
+
+    size = math.prod(matrix.sides)
+    if size == 1:
+        return offsets, index, slots
+    wide = (int(slots.max(initial=0)) + 1) * size > np.iinfo(slots.dtype).max
+    offsets_ = np.zeros(matrix.shape[0] + 1, np.int64)
+    index_ = np.empty(index.size * size, index.dtype)
+    slots_ = np.empty(index_.size, np.int64 if wide else slots.dtype)
+    alive = spread(offsets, index, slots, *matrix, offsets_, index_, slots_)
+    return offsets_, index_[:alive], slots_[:alive]
 
 
 def _shares(parts: Parts, before: Index) -> list[Parts]:

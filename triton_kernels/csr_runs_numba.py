@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import numpy as np
 from numba import njit
 
 from triton_kernels.compiled_numba import compiled
 
 # Nonzeros of a run.
 LONGEST = 16
+
+
+@compiled()
+def spread(offsets, index, slots, shape, sides, steps, offsets_, index_, slots_):  # type: ignore[no-untyped-def]
+    """The rows of blocks as rows of single numbers; returns how many there are. shape: of the
+    matrix, which blocks at its edges reach beyond; sides: of a block; steps: from one of its rows,
+    and from one of its columns, to the next. offsets_: of all rows, index_ and slots_: of as many
+    numbers as the blocks have."""
+    at, size = np.int64(0), sides[0] * sides[1]
+    for r in range(offsets.size - 1):
+        for i in range(min(sides[0], shape[0] - r * sides[0])):
+            for k in range(offsets[r], offsets[r + 1]):
+                column = np.int64(index[k]) * sides[1]
+                slot = np.int64(slots[k]) * size + i * steps[0]
+                for j in range(min(sides[1], shape[1] - column)):
+                    index_[at] = column + j
+                    slots_[at] = slot + j * steps[1]
+                    at += 1
+            offsets_[r * sides[0] + i + 1] = at
+    return at
 
 
 @compiled()

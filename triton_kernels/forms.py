@@ -44,7 +44,7 @@ def linear_form(x: Tensor, block: tuple[int, int]) -> Form:
         return CSR_GPU
     if x.is_cuda and _triton() and block_sparse.supports(block, x.dtype):
         return BLOCKS_GPU
-    if single and csr_cpu.available(x):
+    if csr_cpu.available(x, block):
         return CSR_CPU
     if single and csr.available(x.device):
         return CSR
@@ -117,8 +117,8 @@ BLOCKS_GPU = Form(
 CSR = Form("csr", csr.product, csr.product, csr.weight_gradient)
 CSR_CPU = Form(
     "csr_cpu",
-    csr_cpu.product,
-    csr_cpu.product,
+    csr_cpu.forward,
+    csr_cpu.input_gradient,
     csr_cpu.weight_gradient,
     gradients=csr_cpu.gradients,
 )
