@@ -67,7 +67,7 @@ def put(values: Tensor, piece: Piece, dense: Tensor) -> None:
     from triton_kernels.expand_numba import expand
     from triton_kernels.scatter_numba import scatter_blocks, scatter_entries
 
-    kernel = scatter_entries if values.shape[1:] == (1, 1) else scatter_blocks
+    kernel = scatter_entries if values.shape[1:] == (1, 1) else scatter_blocks(values.shape[2])
     _share((kernel, expand), values.contiguous(), piece, dense)
 
 
@@ -76,7 +76,7 @@ def get(values: Tensor, piece: Piece, dense: Tensor) -> None:
     from triton_kernels.expand_numba import compress
     from triton_kernels.scatter_numba import gather_blocks, gather_entries
 
-    kernel = gather_entries if values.shape[1:] == (1, 1) else gather_blocks
+    kernel = gather_entries if values.shape[1:] == (1, 1) else gather_blocks(values.shape[2])
     _share((kernel, compress), values, piece, dense)
 
 

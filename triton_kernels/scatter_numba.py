@@ -6,11 +6,15 @@ rows of blocks. Numbers are only moved: any integer of their size will do. Witho
 lock. Nothing is checked.
 
 Rows of the weight are put together in the nearest cache: there, scattered stores do not hold up the
-loads that follow them. Indices are unsigned, because of one that may be negative numba looks at the
+loads that follow them; and every block is as wide, those at the edge of a tap as well. Indices are
+unsigned, because of one that may be negative numba looks at the
 sign.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from numba import njit
@@ -31,7 +35,7 @@ def scatter_entries(values, offsets, cols, slots, dense, first, last):  # type: 
             row[c] = 0
         for k in range(offsets[r] - offsets[0], offsets[r + 1] - offsets[0]):
             row[np.uint64(cols[k])] = alive[np.uint64(slots[k])]
-        _put(row, dense[r])
+        _move(row.reshape(dense.shape[1:]), dense[r], dense.shape[2])
 
 
 @compiled()
@@ -40,80 +44,69 @@ def gather_entries(values, offsets, cols, slots, dense, first, last):  # type: i
     alive = values.reshape(values.size)
     row = np.empty(dense.shape[1] * dense.shape[2], dense.dtype)
     for r in range(first, last):
-        _get(row, dense[r])
+        _move(dense[r], row.reshape(dense.shape[1:]), dense.shape[2])
         for k in range(offsets[r] - offsets[0], offsets[r + 1] - offsets[0]):
             alive[np.uint64(slots[k])] = row[np.uint64(cols[k])]
 
 
-@compiled()
-def scatter_blocks(values, offsets, cols, slots, dense, first, last):  # type: ignore[no-untyped-def]
-    """Blocks. All else of these rows becomes zero."""
-    bh, bw = values.shape[1:]
-    rows, taps, channels = dense.shape
-    some = np.empty((_AT_ONCE, taps * channels), dense.dtype)
-    for r in range(first, last):
-        for top in range(0, min(bh, rows - r * bh), _AT_ONCE):
-            high = min(_AT_ONCE, bh - top, rows - r * bh - top)
-            for i in range(high):
-                for c in range(taps * channels):
-                    some[i, c] = 0
-            tap = 0
-            for k in range(offsets[r] - offsets[0], offsets[r + 1] - offsets[0]):
-                tap, left, wide = _place(cols[k], tap, bw, channels)
-                slot, left = np.uint64(slots[k]), left + tap * channels
+@cache
+def scatter_blocks(width: int) -> Callable[..., None]:
+    """For blocks that are so wide."""
+
+    @compiled(width)
+    def scatter_blocks(values, offsets, cols, slots, dense, first, last):  # type: ignore[no-untyped-def]
+        """All else of these rows becomes zero."""
+        bh, (rows, taps, channels) = values.shape[1], dense.shape
+        some = np.empty((_AT_ONCE, taps, -(-channels // width) * width), dense.dtype)
+        flat = some.reshape(_AT_ONCE, some[0].size)
+        for r in range(first, last):
+            for top in range(0, min(bh, rows - r * bh), _AT_ONCE):
+                high = min(_AT_ONCE, bh - top, rows - r * bh - top)
                 for i in range(high):
-                    for j in range(wide):
-                        some[i, np.uint64(left + j)] = values[slot, np.uint64(top + i), j]
-            for i in range(high):
-                _put(some[i], dense[r * bh + top + i])
+                    for c in range(flat.shape[1]):
+                        flat[i, c] = 0
+                for k in range(offsets[r] - offsets[0], offsets[r + 1] - offsets[0]):
+                    slot, left = np.uint64(slots[k]), np.uint64(cols[k]) * np.uint64(width)
+                    for i in range(high):
+                        for j in range(width):
+                            place = left + np.uint64(j)
+                            flat[np.uint64(i), place] = values[slot, np.uint64(top + i), j]
+                for i in range(high):
+                    _move(some[i], dense[r * bh + top + i], channels)
+
+    return scatter_blocks  # type: ignore[no-any-return]
 
 
-@compiled()
-def gather_blocks(values, offsets, cols, slots, dense, first, last):  # type: ignore[no-untyped-def]
-    """The other way, at the alive blocks alone; the padding of edge blocks becomes zero."""
-    bh, bw = values.shape[1:]
-    rows, _, channels = dense.shape
-    for r in range(first, last):
-        high, tap = min(bh, rows - r * bh), 0
-        for k in range(offsets[r] - offsets[0], offsets[r + 1] - offsets[0]):
-            tap, left, wide = _place(cols[k], tap, bw, channels)
-            slot = np.uint64(slots[k])
-            for i in range(high):
-                at = np.uint64(r * bh + i)
-                for j in range(wide):
-                    values[slot, i, j] = dense[at, np.uint64(tap), np.uint64(left + j)]
-                for j in range(wide, bw):
-                    values[slot, i, j] = 0
-            for i in range(high, bh):
-                for j in range(bw):
-                    values[slot, i, j] = 0
+@cache
+def gather_blocks(width: int) -> Callable[..., None]:
+    @compiled(width)
+    def gather_blocks(values, offsets, cols, slots, dense, first, last):  # type: ignore[no-untyped-def]
+        """The other way, at the alive blocks alone; the padding of edge blocks becomes zero."""
+        bh, (rows, taps, channels) = values.shape[1], dense.shape
+        some = np.zeros((_AT_ONCE, taps, -(-channels // width) * width), dense.dtype)
+        flat = some.reshape(_AT_ONCE, some[0].size)
+        for r in range(first, last):
+            for top in range(0, bh, _AT_ONCE):
+                high = max(0, min(_AT_ONCE, bh - top, rows - r * bh - top))
+                for i in range(high):
+                    _move(dense[r * bh + top + i], some[i], channels)
+                for k in range(offsets[r] - offsets[0], offsets[r + 1] - offsets[0]):
+                    slot, left = np.uint64(slots[k]), np.uint64(cols[k]) * np.uint64(width)
+                    for i in range(high):
+                        for j in range(width):
+                            number = flat[np.uint64(i), left + np.uint64(j)]
+                            values[slot, np.uint64(top + i), j] = number
+                    for i in range(high, min(_AT_ONCE, bh - top)):
+                        for j in range(width):
+                            values[slot, np.uint64(top + i), j] = 0
+
+    return gather_blocks  # type: ignore[no-any-return]
 
 
 @njit(nogil=True)
-def _place(col, tap, bw, channels):  # type: ignore[no-untyped-def]
-    """(tap, first channel at it, width) of a block in this column of blocks; its tap is not below
-    the one given."""
-    across = (channels + bw - 1) // bw
-    while col >= (tap + 1) * across:
-        tap += 1
-    left = (np.int64(col) - tap * across) * bw
-    return tap, left, min(bw, channels - left)
-
-
-@njit(nogil=True)
-def _put(row, dense):  # type: ignore[no-untyped-def]
-    """row: (taps * channels,) -> dense: (taps, channels)."""
-    taps, channels = dense.shape
-    for tap in range(taps):
-        source, target = row[tap * channels : (tap + 1) * channels], dense[tap]
+def _move(source, target, channels):  # type: ignore[no-untyped-def]
+    """(taps, channels) -> (taps, channels): what either has beyond so many channels stays."""
+    for tap in range(len(source)):
+        some, there = source[tap], target[tap]
         for c in range(channels):
-            target[c] = source[c]
-
-
-@njit(nogil=True)
-def _get(row, dense):  # type: ignore[no-untyped-def]
-    taps, channels = dense.shape
-    for tap in range(taps):
-        source, target = dense[tap], row[tap * channels : (tap + 1) * channels]
-        for c in range(channels):
-            target[c] = source[c]
+            there[c] = some[c]
