@@ -174,11 +174,11 @@ def test_who_multiplies_by_a_scattered_weight(monkeypatch: pytest.MonkeyPatch) -
     """Loops, where they are measured to be faster than the BLAS, and can."""
     many, few = (_layer(0.5, block=(8, 8), rows=rows, padded=rows) for rows in (1024, 64))
     can: list[dict[str, Any]] = [
-        *({"block": (16, 16)}, {"block": (3, 2)}, {"block": (1, 1)}, {"n_in": 2056}),
+        *({"block": (128, 32)}, {"block": (3, 2)}, {"block": (1, 1)}, {"n_in": 2056}),
         *({"n_out": 8192}, {"n_out": 2080}, {"n_out": 1 << 15, "n_in": 1 << 15}),
     ]
     cannot: list[dict[str, Any]] = [
-        *({"itemsize": 2}, {"itemsize": 8}, {"block": (32, 32)}, {"block": (16, 3)}),
+        *({"itemsize": 2}, {"itemsize": 8}),
         *({"pointwise": True}, {"n_out": 64, "n_in": 512}, {"n_out": 70, "n_in": 9000}),
         *(
             {"n_out": 65536, "n_in": 17},

@@ -247,7 +247,7 @@ def test_loops_multiply_by_what_is_scattered(
     torch.manual_seed(0)
     for (n_out, n_in, fits), dtype in itertools.product(SHAPES, (torch.float32, torch.float64)):
         case = Case(topology_of(Grid.of(n_out, n_in, 1, block), "some"), dtype)
-        can = fits and dtype == torch.float32 and 16 % block[1] == 0
+        can = fits and dtype == torch.float32
         layout, bias = case.topology.layout, torch.randn(n_out).to(dtype) if with_bias else None
         dy, x = torch.randn(n_out, 37).to(dtype).T, torch.randn(n_in, 37).to(dtype).T
         x.requires_grad_()
@@ -350,17 +350,44 @@ def test_what_lies_in_strips_is_moved_by_bits_as_by_numbers(
             assert piece.bits is not None
             for one in (piece, piece._replace(bits=None)):
                 strips = _nan(torch.empty(strips_cpu.shape(n_out, n_in)))
-                rows = strips_cpu.dense(strips, n_out)
-                scatter_cpu.put(values, one, rows)
-                assert torch.equal(rows.flatten(1)[:, :n_in], expected)
-                assert not rows.flatten(1)[:, n_in:].any()
-                assert strips[:, n_out:].isnan().all()
-                rows.copy_(F.pad(gradient, (0, -n_in % 16)).view(rows.shape))
+                scatter_cpu.put(values, one, strips_cpu.dense(strips, n_out, n_in))
+                assert torch.equal(_rows(strips)[:n_out, :n_in], expected)
+                assert _rows(strips)[n_out:].isnan().all()
+                strips = _strips(gradient[:, 0])
                 found = _nan(values)
-                scatter_cpu.get(found, one, rows)
+                scatter_cpu.get(found, one, strips_cpu.dense(strips, n_out, n_in))
                 wanted = gather(gradient, *offsets, order, len(values), (1, 1))
                 assert torch.equal(found[order.long()], wanted[order.long()])
                 assert found.isnan().sum() == len(values) - len(order)
+
+
+def _rows(strips: Tensor) -> Tensor:
+    return strips.transpose(0, 1).flatten(1)
+
+
+def _strips(dense: Tensor) -> Tensor:
+    """NaN beyond the last row and column."""
+    strips = _nan(torch.empty(strips_cpu.shape(*dense.shape)))
+    padded = F.pad(dense, (0, -dense.shape[1] % 16, 0, -len(dense) % 64), value=torch.nan)
+    return strips.copy_(padded.view(strips.shape[1], -1, 16).transpose(0, 1))
+
+
+@pytest.mark.parametrize("alive", ["none", "one", "some", "all"])
+@pytest.mark.parametrize("block", [(2, 3), (5, 40), (17, 1), (20, 16), (40, 5)])
+def test_blocks_that_lie_in_strips(block: tuple[int, int], alive: str) -> None:
+    torch.manual_seed(0)
+    for n_out, n_in in ((7, 10), (37, 18), (64, 48), (130, 33)):
+        case = Case(topology_of(Grid.of(n_out, n_in, 1, block), alive), torch.float32)
+        values, index = case.values.detach(), case.topology.layout[:3]
+        piece = scatter_cpu.Piece.whole(index, n_out)
+        strips = _nan(torch.empty(strips_cpu.shape(n_out, n_in)))
+        scatter_cpu.put(values, piece, strips_cpu.dense(strips, n_out, n_in))
+        expected = scatter(values, *index, n_out, 1, n_in)[:, 0]
+        assert torch.equal(_rows(strips)[:n_out, :n_in], expected)
+        gradient = torch.randn(n_out, n_in)
+        found = torch.zeros_like(values)
+        scatter_cpu.get(found, piece, strips_cpu.dense(_strips(gradient), n_out, n_in))
+        assert torch.equal(found, gather(gradient[:, None], *index, len(values), block))
 
 
 def test_pieces_of_whole_blocks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,12 +408,12 @@ def test_pieces_of_whole_blocks_that_fit(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(not registers.expands(), reason="the processor does not spread by a mask")
-def test_by_bits_a_weight_lies_in_rows() -> None:
+def test_by_bits_columns_lie_side_by_side() -> None:
     case = Case(topology_of(Grid.of(32, 48, 1, (1, 1)), "all"), torch.float32)
     piece, *_ = scatter_cpu.pieces(case.values, case.topology.layout[:3], 32, 48)
-    for dense in (torch.empty(48, 1, piece.outputs).mT.mT.permute(2, 1, 0), torch.empty(32, 6, 8)):
-        with pytest.raises(ValueError, match="does not lie in rows of 16 columns"):
-            scatter_cpu.put(case.values, piece, dense)
+    for dense in (torch.empty(48, 1, piece.outputs).permute(2, 1, 0), torch.empty(32, 6, 8)):
+        with pytest.raises(ValueError, match="do not lie side by side"):
+            scatter_cpu.put(case.values, piece, scatter_cpu.Dense.of(dense))
 
 
 def test_training_after_inference_mode() -> None:

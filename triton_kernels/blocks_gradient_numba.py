@@ -15,6 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from triton_kernels.compiled_numba import compiled
+from triton_kernels.move_numba import move
 from triton_kernels.vectors import INDEX, WIDTH, Loop, zero
 
 # Rows of the batch that are multiplied at a time, so that they stay in the nearest cache.
@@ -77,21 +78,6 @@ def gradient(rows: int, vectors: int, strips: bool = False) -> Callable[..., Non
     return gradient  # type: ignore[no-any-return]
 
 
-def _moved(typing: Any, source: Any, start: Any, target: Any, to: Any) -> Any:
-    """One vector."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        loop = Loop(context, builder, signature, args)
-        vector = loop.vectors(builder.gep(loop.data(0), [args[1]]), 1)
-        loop.store(vector, builder.gep(loop.data(2), [args[3]]))
-        return context.get_dummy_value()
-
-    return types.void(source, start, target, to), generate
-
-
-_move: Any = intrinsic(_moved)
-
-
 @njit(nogil=True)
 def _pack(x, n, first, count, column, width, out, to):  # type: ignore[no-untyped-def]
     """x: (batch, n) at [first : first + count, column : column + width], zero beyond its columns
@@ -101,7 +87,7 @@ def _pack(x, n, first, count, column, width, out, to):  # type: ignore[no-untype
         for j in range(0, width, WIDTH):
             place = to + j * count + WIDTH * i
             if column + j + WIDTH <= n:
-                _move(x, at + j, out, place)
+                move(x, at + j, out, place)
             else:
                 for v in range(WIDTH):
                     out[place + v] = x[at + j + v] if column + j + v < n else 0

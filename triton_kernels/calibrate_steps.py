@@ -73,7 +73,7 @@ SLOW = (
 SLOW_CONV = tuple(case._replace(density=case.density / 5) for case in CONV)
 SIDES, SLOW_SIDES = (1, 8, 16, 24, 32, 64, 128), (2, 4)
 CONV_SIDES, SLOW_CONV_SIDES = (8, 16, 32, 64), (2, 4)
-# At which scattered weights are measured: single ones go another way, wide ones one way less.
+# At which scattered weights are measured: single ones go another way.
 DENSE_SIDES = (1, 8, 32)
 HALF_SIDES = (1, 8, 32)
 

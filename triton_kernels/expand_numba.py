@@ -7,11 +7,9 @@ for what is loaded and stored: processors of AMD take five times as long to do b
 
 values: (capacity,); bits: uint16 (rows, columns / 16 rounded up), the i-th bit of a word for the
 i-th column; offsets: of some rows, from any number on; slots: of their weights, not looked at where
-``ordered``: slot k then holds the k-th of all weights, and ``offsets`` count all of them; dense:
-the memory of a weight of ``places`` = (columns, step, next), where the numbers of a row begin a
-``step`` behind those of the row before, and each 16 of them a ``next`` behind the last 16 (columns
-that are no multiple of 16 lie side by side); first, last: rows. 4 bytes a number. Without the
-interpreter's lock. Nothing is checked.
+``ordered``: slot k then holds the k-th of all weights, and ``offsets`` count all of them; dense,
+shape, steps: as ``scatter_cpu.Dense`` says, of one tap, whose columns lie side by side; first,
+last: rows. 4 bytes a number. Without the interpreter's lock. Nothing is checked.
 """
 
 from __future__ import annotations
@@ -87,9 +85,9 @@ _AT_ONCE = 16
 
 
 @compiled()
-def expand(values, bits, offsets, slots, ordered, dense, places, first, last):  # type: ignore[no-untyped-def]
+def expand(values, bits, offsets, slots, ordered, dense, shape, steps, first, last):  # type: ignore[no-untyped-def]
     """All else of these rows becomes zero."""
-    columns, step, following = places
+    columns, step, following = shape[2], steps[0], steps[2]
     high = 1 if step >= columns else _AT_ONCE
     rows, k = np.empty(high * columns, values.dtype), np.empty(high, np.int64)
     source = values if ordered else rows
@@ -108,14 +106,16 @@ def expand(values, bits, offsets, slots, ordered, dense, places, first, last):  
         for c in range(columns // WIDTH * WIDTH, columns):
             for i in range(count):
                 alive = bits[r + i, c // WIDTH] >> (c % WIDTH) & 1
-                dense[(r + i) * step + c] = source[k[i]] if alive else 0
+                dense[(r + i) * step + c // WIDTH * following + c % WIDTH] = (
+                    source[k[i]] if alive else 0
+                )
                 k[i] += alive
 
 
 @compiled()
-def compress(values, bits, offsets, slots, ordered, dense, places, first, last):  # type: ignore[no-untyped-def]
+def compress(values, bits, offsets, slots, ordered, dense, shape, steps, first, last):  # type: ignore[no-untyped-def]
     """The other way, at the alive entries alone."""
-    columns, step, following = places
+    columns, step, following = shape[2], steps[0], steps[2]
     high = 1 if step >= columns else _AT_ONCE
     rows, k = np.empty(high * columns, values.dtype), np.empty(high, np.int64)
     target = values if ordered else rows
@@ -130,7 +130,8 @@ def compress(values, bits, offsets, slots, ordered, dense, places, first, last):
         for c in range(columns // WIDTH * WIDTH, columns):
             for i in range(count):
                 if bits[r + i, c // WIDTH] >> (c % WIDTH) & 1:
-                    target[k[i]] = dense[(r + i) * step + c]
+                    at = (r + i) * step + c // WIDTH * following + c % WIDTH
+                    target[k[i]] = dense[at]
                     k[i] += 1
         if not ordered:
             for i in range(count):

@@ -1,8 +1,5 @@
 """Scattering values into a dense weight and gathering them back, on the CPU with numba: all of it,
 or some rows at a time.
-
-A dense weight is given as (rows, taps, channels), in any memory order. Of a ``Piece`` whose single
-weights are found by bits, channels lie side by side, and are 16 if there is more than one tap.
 """
 
 from __future__ import annotations
@@ -16,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from triton_kernels import threads, waiting
@@ -48,8 +46,8 @@ def _numba() -> bool:
 def scatter(
     values: Tensor, row_offsets: Tensor, cols: Tensor, slots: Tensor, dense: Tensor
 ) -> None:
-    """``layout.scatter`` into ``dense``: (n_out, taps, channels)."""
-    put(values, Piece.whole((row_offsets, cols, slots), len(dense)), dense)
+    """``layout.scatter`` into ``dense``: (n_out, taps, channels), in any memory order."""
+    put(values, Piece.whole((row_offsets, cols, slots), len(dense)), Dense.of(dense))
 
 
 def gather(
@@ -57,12 +55,41 @@ def gather(
 ) -> Tensor:
     """``layout.gather`` of the gradient of these values from that of the dense weight."""
     out = room_for_gradient(values, cols)
-    get(out, Piece.whole((row_offsets, cols, slots), len(dense)), dense)
+    get(out, Piece.whole((row_offsets, cols, slots), len(dense)), Dense.of(dense))
     return out
 
 
-def put(values: Tensor, piece: Piece, dense: Tensor) -> None:
-    """Those of a piece, zero elsewhere -> ``dense``, its rows."""
+class Dense(NamedTuple):
+    """How a dense weight lies in memory.
+
+    shape: (rows, taps, channels). steps: from one row to the next, from one tap to the next, from
+    16 channels to the next 16, and from one of these to the next.
+    """
+
+    memory: Tensor
+    shape: tuple[int, int, int]
+    steps: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, dense: Tensor) -> Dense:
+        """(rows, taps, channels), in any memory order."""
+        rows, taps, channels = dense.shape
+        row, tap, one = dense.stride()
+        return cls(dense, (rows, taps, channels), (row, tap, WIDTH * one, one))
+
+    def numbers(self) -> NDArray[Any]:
+        """All that there are, flat, as integers of their size."""
+        first = self.memory.detach()
+        extent = 1 + sum(
+            (side - 1) * step for side, step in zip(first.shape, first.stride(), strict=True)
+        )
+        flat = first.as_strided((extent,), (1,))
+        return flat.view(_BITS[first.element_size()]).numpy()  # type: ignore[no-any-return]
+
+
+def put(values: Tensor, piece: Piece, dense: Dense) -> None:
+    """Those of a piece, zero elsewhere -> ``dense``, its rows. Of single weights that are found by
+    bits, columns must lie side by side."""
     # Not at the top: numba takes a second to import.
     from triton_kernels.expand_numba import expand
     from triton_kernels.scatter_numba import scatter_blocks, scatter_entries
@@ -71,7 +98,7 @@ def put(values: Tensor, piece: Piece, dense: Tensor) -> None:
     _share((kernel, expand), values.contiguous(), piece, dense)
 
 
-def get(values: Tensor, piece: Piece, dense: Tensor) -> None:
+def get(values: Tensor, piece: Piece, dense: Dense) -> None:
     """The other way, at the alive entries alone."""
     from triton_kernels.expand_numba import compress
     from triton_kernels.scatter_numba import gather_blocks, gather_entries
@@ -173,36 +200,25 @@ def _share(
     kernels: tuple[Callable[..., None], Callable[..., None]],
     values: Tensor,
     piece: Piece,
-    dense: Tensor,
+    dense: Dense,
 ) -> None:
     """Run a kernel, the second one where there are bits, on as many threads as PyTorch has, each
     with as many rows of blocks."""
     plain, by_bits = kernels
-    kind = _BITS[values.element_size()]
-    alive, numbers = values.detach().view(kind), dense.detach().view(kind)
+    alive = values.detach().view(_BITS[values.element_size()])
     row_offsets, cols, slots = (tensor.numpy() for tensor in piece.places)
     n_rows = len(row_offsets) - 1
-    count = min(torch.get_num_threads(), n_rows) if dense.numel() >= _SHARED else 1
+    count = min(torch.get_num_threads(), n_rows) if math.prod(dense.shape) >= _SHARED else 1
     parts = list(pairwise(n_rows * i // count for i in range(count + 1)))
+    there = dense.numbers(), dense.shape, dense.steps
     if piece.bits is None:
-        threads.run(plain, (alive.numpy(), row_offsets, cols, slots, numbers.numpy()), parts)
-    else:
-        words, ordered = piece.bits
-        arrays = (alive.view(-1).numpy(), words.numpy(), row_offsets, slots, ordered)
-        threads.run(by_bits, (*arrays, *_memory(numbers)), parts)
-
-
-def _memory(dense: Tensor) -> tuple[Any, tuple[int, int, int]]:
-    """Where the numbers of (rows, taps, channels) lie, flat, and (columns, step, next): those of a
-    row, what is from one row to the next, and from 16 columns to the next 16."""
-    rows, taps, channels = dense.shape
-    step, tap, one = dense.stride()
+        threads.run(plain, (alive.numpy(), row_offsets, cols, slots, *there), parts)
+        return
     # The kernel checks nothing.
-    if one != 1 or (taps > 1 and channels != WIDTH):
+    if dense.shape[1] != 1 or dense.steps[3] != 1:
         raise ValueError(
-            f"a weight of {tuple(dense.shape)} with strides {dense.stride()} does not lie in rows "
-            f"of {WIDTH} columns"
+            f"columns of {dense.shape} by steps of {dense.steps} do not lie side by side"
         )
-    extent = (rows - 1) * step + (taps - 1) * tap + channels
-    flat = dense.as_strided((extent,), (1,)).numpy()
-    return flat, (taps * channels, step, WIDTH if taps == 1 else tap)
+    words, ordered = piece.bits
+    arrays = (alive.view(-1).numpy(), words.numpy(), row_offsets, slots, ordered)
+    threads.run(by_bits, (*arrays, *there), parts)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from triton_kernels import costs, scatter_cpu, strips_cpu, waiting
-from triton_kernels.scatter_cpu import Index, Piece
+from triton_kernels.scatter_cpu import Dense, Index, Piece
 from triton_kernels.waves import memory
 
 # Whether loops multiply where they can, or the BLAS always. None: whichever is faster by ``costs``.
@@ -103,9 +103,11 @@ class _Weight:
         self.shape = strips_cpu.shape(rows, x.shape[1]) if self._loops else plain
         self.lies = self._loops, n_out, x.shape[1]
 
-    def dense(self, room: Tensor, piece: Piece) -> Tensor:
+    def dense(self, room: Tensor, piece: Piece) -> Dense:
         """As ``scatter_cpu`` takes it."""
-        return strips_cpu.dense(room, piece.outputs) if self._loops else room[: piece.outputs]
+        if self._loops:
+            return strips_cpu.dense(room, piece.outputs, self._columns)
+        return Dense.of(room[: piece.outputs])
 
     def forward(self, x: Tensor, room: Tensor, piece: Piece, bias: Tensor | None) -> Tensor:
         if self._loops:

@@ -1,8 +1,8 @@
 """Products with a dense weight on the CPU by the loops of ``blocks_tiles``, for which it lies in
 strips of 16 columns: (columns / 16, rows, 16), both rounded up to whole blocks of 64 rows.
 
-A strip is to ``scatter_cpu`` one tap of 16 channels, and to the loops a column of blocks, all of
-them alive. What there is beyond the last row may be anything, but for what the loops write there.
+To the loops, a strip is a column of blocks, all of them alive. What there is beyond the last row
+and column may be anything.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels import blocks_tiles, scatter_cpu
-from triton_kernels.scatter_cpu import HEIGHT, WIDTH, Index
+from triton_kernels.scatter_cpu import HEIGHT, WIDTH, Dense, Index
 
 # Rows and columns may be rounded up by this share.
 _PADDED = 1 / 8
@@ -21,9 +21,8 @@ _PADDED = 1 / 8
 
 def available(values: Tensor, n_out: int, n_in: int) -> bool:
     """For a weight of such values, on this processor."""
-    # Some machines multiply half precision natively, and the BLAS is no slower in double. To what
-    # scatters a block, its columns are those of one tap.
-    if values.dtype != torch.float32 or WIDTH % values.shape[2]:
+    # Some machines multiply half precision natively, and the BLAS is no slower in double.
+    if values.dtype != torch.float32:
         return False
     rows = scatter_cpu.rows_at_once(n_out, n_in, values.shape[1], values.element_size())
     if -rows % HEIGHT > rows * _PADDED or -n_in % WIDTH > n_in * _PADDED:
@@ -35,9 +34,9 @@ def shape(rows: int, columns: int) -> tuple[int, int, int]:
     return -(-columns // WIDTH), -(-rows // HEIGHT) * HEIGHT, WIDTH
 
 
-def dense(strips: Tensor, rows: int) -> Tensor:
-    """As ``scatter_cpu`` takes it: (rows, taps, channels)."""
-    return strips.transpose(0, 1)[:rows]
+def dense(strips: Tensor, rows: int, columns: int) -> Dense:
+    """So many of them, as ``scatter_cpu`` takes them."""
+    return Dense(strips, (rows, 1, columns), (WIDTH, 0, strips.stride(0), 1))
 
 
 class Blocks(NamedTuple):
@@ -77,5 +76,3 @@ def weight_gradient(x: Tensor, dy: Tensor, strips: Tensor, blocks: Blocks) -> No
     """dy^T x -> ``strips``."""
     out = strips.view(-1, HEIGHT, WIDTH)
     blocks_tiles.weight_gradient(x, dy, *blocks.rows, len(out), (HEIGHT, WIDTH), out)
-    # What is beyond the last column is zero already, but for gradients that are not finite.
-    strips[-1, :, x.shape[1] - WIDTH * (len(strips) - 1) :] = 0
