@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dst import SparseLinear
 from growth import Grid
-from triton_kernels import csr_cpu, csr_runs
+from triton_kernels import csr_cpu, csr_runs, gather
 
 pytest.importorskip("numba")
 
@@ -289,6 +289,45 @@ def test_all_slots_are_written() -> None:
     rows = torch.arange(40).repeat_interleave(layout.row_offsets.diff())
     expected = (dy.T @ x)[rows, layout.cols.long()]
     torch.testing.assert_close(gradient.view(-1)[layout.slots.long()], expected)
+
+
+def test_padding_of_small_blocks_is_zero_where_no_slot_is_free() -> None:
+    layer = SparseLinear(50, 40, density=0.3, block=(3, 7), compute="sparse")
+    layout, values = layer.topology.layout, layer.values.detach()
+    assert layer.topology.alive == len(values)
+    with torch.no_grad():
+        # Nobody looks at the padding of values.
+        values[layout.slots[layout.cols == 7].long(), :, 1:] = torch.nan
+    x, dy = torch.randn(20, 50), torch.randn(20, 40)
+    torch.use_deterministic_algorithms(True)  # fills what is empty with NaN
+    try:
+        dx, gradient = csr_cpu.gradients(x, dy, values, *layout[3:6])
+        alone = csr_cpu.weight_gradient(x, dy, *layout[:3], len(values), (3, 7))
+        y = csr_cpu.forward(x, values, *layout[:3], 40)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected = gather((dy.T @ x)[:, None], *layout[:3], len(values), (3, 7))
+    for found in (gradient, alone):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found == 0, expected == 0)
+    assert y.isfinite().all() and dx.isfinite().all()
+
+
+def test_small_blocks_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csr_cpu, "_SHARED", 0)
+    case = Case(topology_of(Grid.of(100, 90, 1, (4, 3)), "some"), torch.float32)
+    layout, values = case.topology.layout, case.values.detach()
+    x, dy = torch.randn(20, 90), torch.randn(20, 100)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            y = csr_cpu.forward(x, values, *layout[:3], 100)
+            found.append((y, *csr_cpu.gradients(x, dy, values, *layout[3:6])))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -172,6 +172,20 @@ def test_the_result_does_not_depend_on_threads() -> None:
     )
 
 
+def test_which_loops_serve_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.empty(0)
+    if not blocks_tiles.available(x, (16, 16)):
+        pytest.skip("numba is not installed, or the processor has no fused multiply-add")
+    for block in ((1, 1), (4, 4), (8, 128), (128, 15)):
+        assert forms.linear_form(x, block) is forms.CSR_CPU
+        assert not csr_cpu.available(x.to("meta"), block)
+    assert forms.linear_form(x, (16, 48)) is forms.BLOCKS_TILES
+    assert forms.linear_form(x, (20, 20)) in (forms.BLOCKS_CPU, forms.BLOCKS)
+    monkeypatch.setattr(blocks_tiles, "_fused", lambda: False)
+    assert forms.linear_form(x, (1, 1)) is forms.CSR_CPU
+    assert forms.linear_form(x, (4, 4)) in (forms.BLOCKS_CPU, forms.BLOCKS)
+
+
 def test_what_multiplies_what() -> None:
     """Addresses, strides and transposes of a batch, against plain products."""
     if not blas.available(torch.float64):

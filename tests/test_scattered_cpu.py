@@ -51,7 +51,7 @@ def _nan(like: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("alive", ["none", "one", "some", "all"])
-@pytest.mark.parametrize("block", [(1, 1), (3, 2), (16, 16), (5, 40)])
+@pytest.mark.parametrize("block", [(1, 1), (3, 2), (16, 16), (5, 40), (2, 5), (20, 3)])
 def test_scatter_and_gather(block: tuple[int, int], alive: str) -> None:
     """In both orders of a weight; NaN in free slots, and in what is written to."""
     for n_out, taps, channels in ((7, 1, 10), (37, 6, 18), (32, 1, 48), (1, 9, 1)):
@@ -66,6 +66,10 @@ def test_scatter_and_gather(block: tuple[int, int], alive: str) -> None:
             dense.copy_(gradient)
             found = scatter_cpu.gather(dense, values, *index)
             assert torch.equal(found, gather(gradient, *index, len(values), grid.block))
+            wanted, found, slots = found, _nan(values), index[2].long()
+            piece = scatter_cpu.Piece.whole(index, n_out)
+            scatter_cpu.get(found, piece, scatter_cpu.Dense.of(dense))
+            assert torch.equal(found[slots], wanted[slots])
 
 
 @pytest.mark.parametrize(
@@ -130,8 +134,9 @@ def test_conv2d(block: tuple[int, int], memory_format: torch.memory_format) -> N
         case.check_gradient(weight.grad.permute(0, 2, 3, 1).flatten(1), 1e-4)
 
 
-def test_the_result_does_not_depend_on_threads() -> None:
-    case = Case(topology_of(Grid.of(61, 40, 1, (1, 1)), "some"), torch.float32)
+@pytest.mark.parametrize("block", [(1, 1), (3, 2), (20, 16)])
+def test_the_result_does_not_depend_on_threads(block: tuple[int, int]) -> None:
+    case = Case(topology_of(Grid.of(61, 40, 1, block), "some"), torch.float32)
     index, values = case.topology.layout[:3], case.values.detach()
     other, threads = torch.randn(61, 1, 40), torch.get_num_threads()
     found = []
@@ -385,9 +390,11 @@ def test_blocks_that_lie_in_strips(block: tuple[int, int], alive: str) -> None:
         expected = scatter(values, *index, n_out, 1, n_in)[:, 0]
         assert torch.equal(_rows(strips)[:n_out, :n_in], expected)
         gradient = torch.randn(n_out, n_in)
-        found = torch.zeros_like(values)
+        found, slots = _nan(values), index[2].long()
         scatter_cpu.get(found, piece, strips_cpu.dense(_strips(gradient), n_out, n_in))
-        assert torch.equal(found, gather(gradient[:, None], *index, len(values), block))
+        wanted = gather(gradient[:, None], *index, len(values), block)
+        assert torch.equal(found[slots], wanted[slots])
+        assert found.isnan().sum() == (len(values) - len(slots)) * block[0] * block[1]
 
 
 def test_pieces_of_whole_blocks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ CONV = (
     Case(320, 320, 8, 0.05, 8),
     Case(320, 320, 2, 0.5, 8),
 )
-# For blocks that take so long that nobody would use them at more.
+# For blocks that, without numba, take so long that nobody would use them at more.
 SLOW = (
     Case(128, 128, 32, 0.2),
     Case(256, 256, 64, 0.1),

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from triton_kernels import threads
+from triton_kernels import blocks_tiles, threads
 from triton_kernels.csr_runs import WIDEST, Matrix, runs_of
 
 # Numbers of the batch at a time, in vectors of 16: no more than the batch fills.
@@ -26,7 +26,7 @@ _LEAST = 4
 # features do not, since they come from far for every group.
 _ROWS = 512
 _FAR = 512 << 10
-# Blocks with a shorter side than this are single weights.
+# Blocks with a shorter side than this are single weights, where there are loops for wider ones.
 _SMALL = 16
 # Fewer products than this are not worth a second thread.
 _SHARED = 1 << 20
@@ -38,8 +38,10 @@ def _numba() -> bool:
 
 
 def available(x: Tensor, block: tuple[int, int] = (1, 1)) -> bool:
-    """For activations like ``x``, and whether nothing is better for a weight in such blocks."""
-    return x.device.type == "cpu" and min(block) < _SMALL and _numba()
+    """Whether nothing is better for activations like ``x`` and a weight in such blocks."""
+    if block == (1, 1):
+        return x.device.type == "cpu" and _numba()
+    return min(block) < _SMALL and blocks_tiles.available(x, (_SMALL, _SMALL))
 
 
 def forward(

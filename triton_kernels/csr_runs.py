@@ -46,9 +46,9 @@ class Runs(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """Of which shape the weight, or its transpose, is whose compressed rows of blocks an order is;
-    the sides of its blocks; and the steps from one row, and from one column, of a block to the
-    next. Single weights are blocks of one."""
+    """The weight, or its transpose, that an order describes. shape: its own; sides: of a block, 1
+    and 1 for single weights; steps: in memory, from a row of a block to the next, and from a column
+    to the next."""
 
     shape: tuple[int, int]
     sides: tuple[int, int]

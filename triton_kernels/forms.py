@@ -44,7 +44,7 @@ def linear_form(x: Tensor, block: tuple[int, int]) -> Form:
         return CSR_GPU
     if x.is_cuda and _triton() and block_sparse.supports(block, x.dtype):
         return BLOCKS_GPU
-    if csr_cpu.available(x, block):
+    if csr_cpu.available(x, (block[0], block[1])):
         return CSR_CPU
     if single and csr.available(x.device):
         return CSR

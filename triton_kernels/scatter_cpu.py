@@ -100,10 +100,14 @@ def put(values: Tensor, piece: Piece, dense: Dense) -> None:
 
 def get(values: Tensor, piece: Piece, dense: Dense) -> None:
     """The other way, at the alive entries alone."""
+    from triton_kernels import scatter_numba
     from triton_kernels.expand_numba import compress
-    from triton_kernels.scatter_numba import gather_blocks, gather_entries
 
-    kernel = gather_entries if values.shape[1:] == (1, 1) else gather_blocks(values.shape[2])
+    kernel = scatter_numba.gather_entries
+    if values.shape[1:] != (1, 1):
+        strips = dense.steps[2] != WIDTH * dense.steps[3]
+        make = scatter_numba.gather_from_strips if strips else scatter_numba.gather_blocks
+        kernel = make(values.shape[2])
     _share((kernel, compress), values, piece, dense)
 
 

@@ -5,9 +5,10 @@ number on; dense, shape, steps: what these rows cover, as ``scatter_cpu.Dense`` 
 rows of blocks. Numbers are only moved: any integer of their size will do. Without the interpreter's
 lock. Nothing is checked.
 
-Rows of the weight are put together in the nearest cache: there, scattered stores do not hold up the
-loads that follow them; and every block is as wide, those at the edge of a tap as well. Indices are
-unsigned, because of one that may be negative numba looks at the sign.
+What is scattered is put together first, some rows at a time, where it stays in a cache: there,
+scattered stores do not hold up the loads that follow them; and every block is as wide, those at the
+edge of a tap as well. Indices are unsigned, because of one that may be negative numba looks at the
+sign.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from functools import cache
 import numpy as np
 from numba import njit
 
-from triton_kernels.compiled_numba import compiled
+from triton_kernels.compiled_numba import compiled, jit_is_off
 from triton_kernels.move_numba import move
 from triton_kernels.vectors import WIDTH
 
-# Rows that are put together of blocks: the more, the longer what is read of each at a time, and
-# what is written where rows of the same tap lie side by side.
-_AT_ONCE = 16
+# Rows that are put together of blocks, where they take no more bytes: the more, the longer what is
+# read of each block at a time, and what is written where rows lie side by side.
+_ROWS, _BYTES = 16, 256 << 10
+# Intrinsics do not run in Python.
+_VECTORS = not jit_is_off()
 
 
 @compiled()
@@ -37,8 +40,7 @@ def scatter_entries(values, offsets, cols, slots, dense, shape, steps, first, la
             row[c] = 0
         for k in range(offsets[r] - offsets[0], offsets[r + 1] - offsets[0]):
             row[np.uint64(cols[k])] = alive[np.uint64(slots[k])]
-        for tap in range(taps):
-            _put(row, tap * channels, dense, r * steps[0] + tap * steps[1], steps, channels)
+        _put(row, channels, 1, dense, r, shape, steps)
 
 
 @compiled()
@@ -47,8 +49,7 @@ def gather_entries(values, offsets, cols, slots, dense, shape, steps, first, las
     alive, (_, taps, channels) = values.reshape(values.size), shape
     row = np.empty(taps * channels, dense.dtype)
     for r in range(first, last):
-        for tap in range(taps):
-            _get(row, tap * channels, dense, r * steps[0] + tap * steps[1], steps, channels)
+        _get(row, channels, 1, dense, r, shape, steps)
         for k in range(offsets[r] - offsets[0], offsets[r + 1] - offsets[0]):
             alive[np.uint64(slots[k])] = row[np.uint64(cols[k])]
 
@@ -61,9 +62,12 @@ def scatter_blocks(width: int) -> Callable[..., None]:
     def scatter_blocks(values, offsets, cols, slots, dense, shape, steps, first, last):  # type: ignore[no-untyped-def]
         """All else of these rows becomes zero."""
         bh, (rows, taps, channels) = values.shape[1], shape
-        some = np.empty((_AT_ONCE, taps * -(-channels // width) * width), dense.dtype)
-        flat, wide = some.reshape(some.size), some.shape[1] // taps
-        many, high = _together(bh)
+        wide = -(-channels // width) * width
+        at_once = _at_once(taps * wide * dense.itemsize)
+        some = np.empty((at_once, taps * wide), dense.dtype)
+        flat = some.reshape(some.size)
+        # Rows of blocks at a time, and rows of each.
+        many, high = max(1, at_once // bh), min(bh, at_once)
         for r in range(first, last, many):
             for top in range(0, bh, high):
                 row = r * bh + top
@@ -79,11 +83,8 @@ def scatter_blocks(width: int) -> Callable[..., None]:
                             for j in range(width):
                                 number = values[slot, np.uint64(top + i), j]
                                 some[np.uint64(at + i), left + np.uint64(j)] = number
-                for tap in range(taps):
-                    for i in range(count):
-                        to = (row + i) * steps[0] + tap * steps[1]
-                        at = i * some.shape[1] + tap * wide
-                        _put(flat, at, dense, to, steps, channels)
+                if count > 0:
+                    _put(flat, wide, count, dense, row, shape, steps)
 
     return scatter_blocks  # type: ignore[no-any-return]
 
@@ -93,19 +94,52 @@ def gather_blocks(width: int) -> Callable[..., None]:
     @compiled(width)
     def gather_blocks(values, offsets, cols, slots, dense, shape, steps, first, last):  # type: ignore[no-untyped-def]
         """The other way, at the alive blocks alone; the padding of edge blocks becomes zero."""
-        bh, (rows, taps, channels) = values.shape[1], shape
-        some = np.zeros((_AT_ONCE, taps * -(-channels // width) * width), dense.dtype)
-        flat, wide = some.reshape(some.size), some.shape[1] // taps
-        many, high = _together(bh)
+        bh, (rows, _, channels) = values.shape[1], shape
+        across, step = np.uint64((channels + width - 1) // width), np.uint64(steps[3])
+        for r in range(first, last):
+            high = min(bh, rows - r * bh)
+            for k in range(offsets[r] - offsets[0], offsets[r + 1] - offsets[0]):
+                slot, tap = np.uint64(slots[k]), np.uint64(cols[k]) // across
+                left = (np.uint64(cols[k]) - tap * across) * np.uint64(width)
+                start = np.uint64(r * bh * steps[0]) + tap * np.uint64(steps[1]) + left * step
+                inside = min(width, channels - np.int64(left))
+                for i in range(high):
+                    at, own = start + np.uint64(i * steps[0]), values[slot, np.uint64(i)]
+                    if inside < width:
+                        for j in range(inside):
+                            own[j] = dense[at + np.uint64(j) * step]
+                        for j in range(inside, width):
+                            own[j] = 0
+                    elif step == 1:
+                        for j in range(width):
+                            own[j] = dense[at + np.uint64(j)]
+                    else:
+                        for j in range(width):
+                            own[j] = dense[at + np.uint64(j) * step]
+                for i in range(high, bh):
+                    for j in range(width):
+                        values[slot, np.uint64(i), j] = 0
+
+    return gather_blocks  # type: ignore[no-any-return]
+
+
+@cache
+def gather_from_strips(width: int) -> Callable[..., None]:
+    @compiled(width)
+    def gather_from_strips(values, offsets, cols, slots, dense, shape, steps, first, last):  # type: ignore[no-untyped-def]
+        """The same of a weight in strips, of which some rows are put together first: those of a
+        block alone would be a few lines of the cache far from the next ones."""
+        bh, rows = values.shape[1], shape[0]
+        wide = -(-shape[2] // width) * width
+        at_once = _at_once(wide * dense.itemsize)
+        some = np.zeros((at_once, wide), dense.dtype)
+        flat = some.reshape(some.size)
+        many, high = max(1, at_once // bh), min(bh, at_once)
         for r in range(first, last, many):
             for top in range(0, bh, high):
                 row = r * bh + top
                 count = max(0, min(min(many, last - r) * min(high, bh - top), rows - row))
-                for tap in range(taps):
-                    for i in range(count):
-                        start = (row + i) * steps[0] + tap * steps[1]
-                        at = i * some.shape[1] + tap * wide
-                        _get(flat, at, dense, start, steps, channels)
+                _get(flat, wide, count, dense, row, shape, steps)
                 for m in range(min(many, last - r)):
                     at, inside = m * high, max(0, min(high, bh - top, count - m * high))
                     for k in range(offsets[r + m] - offsets[0], offsets[r + m + 1] - offsets[0]):
@@ -118,32 +152,78 @@ def gather_blocks(width: int) -> Callable[..., None]:
                             for j in range(width):
                                 values[slot, np.uint64(top + i), j] = 0
 
-    return gather_blocks  # type: ignore[no-any-return]
+    return gather_from_strips  # type: ignore[no-any-return]
 
 
 @njit(nogil=True)
-def _together(bh):  # type: ignore[no-untyped-def]
-    """How many rows of blocks are put together, and how many rows of each."""
-    return max(1, _AT_ONCE // bh), min(bh, _AT_ONCE)
+def _at_once(row):  # type: ignore[no-untyped-def]
+    """Rows of so many bytes that are put together."""
+    rows = _ROWS
+    while rows > 1 and rows * row > _BYTES:
+        rows //= 2
+    return rows
 
 
 @njit(nogil=True)
-def _put(row, at, dense, to, steps, count):  # type: ignore[no-untyped-def]
-    """row[at : at + count] -> as many columns of a row and tap, of which the first is dense[to]."""
-    _, _, next_, step = steps
-    begin = count // WIDTH * WIDTH if step == 1 else 0
-    for c in range(0, begin, WIDTH):
-        move(row, at + c, dense, to + c // WIDTH * next_)
-    for c in range(begin, count):
-        dense[to + c // WIDTH * next_ + c % WIDTH * step] = row[at + c]
+def _column(c, steps):  # type: ignore[no-untyped-def]
+    """From the first column of a row and tap to this one."""
+    word = c // np.uint64(WIDTH)
+    return word * np.uint64(steps[2]) + (c - word * np.uint64(WIDTH)) * np.uint64(steps[3])
 
 
 @njit(nogil=True)
-def _get(row, at, dense, start, steps, count):  # type: ignore[no-untyped-def]
+def _put(some, wide, count, dense, row, shape, steps):  # type: ignore[no-untyped-def]
+    """So many rows, of which each tap takes ``wide`` numbers, one behind the other -> those of the
+    weight from this row on."""
+    (_, taps, channels), step = shape, np.uint64(steps[3])
+    if steps[2] == WIDTH * steps[3]:
+        for i in range(count):
+            for tap in range(taps):
+                own = some[(i * taps + tap) * wide :]
+                to = np.uint64((row + i) * steps[0] + tap * steps[1])
+                if step == 1:
+                    for c in range(channels):
+                        dense[to + np.uint64(c)] = own[c]
+                else:
+                    for c in range(channels):
+                        dense[to + np.uint64(c) * step] = own[c]
+        return
+    # Strip by strip: rows lie side by side there.
+    whole = channels // WIDTH * WIDTH if step == 1 and _VECTORS else 0
+    for tap in range(taps):
+        for c in range(0, whole, WIDTH):
+            for i in range(count):
+                to = (row + i) * steps[0] + tap * steps[1] + c // WIDTH * steps[2]
+                move(some, (i * taps + tap) * wide + c, dense, to)
+        for i in range(count):
+            to = np.uint64((row + i) * steps[0] + tap * steps[1])
+            for c in range(whole, channels):
+                dense[to + _column(np.uint64(c), steps)] = some[(i * taps + tap) * wide + c]
+
+
+@njit(nogil=True)
+def _get(some, wide, count, dense, row, shape, steps):  # type: ignore[no-untyped-def]
     """The other way."""
-    _, _, next_, step = steps
-    begin = count // WIDTH * WIDTH if step == 1 else 0
-    for c in range(0, begin, WIDTH):
-        move(dense, start + c // WIDTH * next_, row, at + c)
-    for c in range(begin, count):
-        row[at + c] = dense[start + c // WIDTH * next_ + c % WIDTH * step]
+    (_, taps, channels), step = shape, np.uint64(steps[3])
+    if steps[2] == WIDTH * steps[3]:
+        for i in range(count):
+            for tap in range(taps):
+                own = some[(i * taps + tap) * wide :]
+                start = np.uint64((row + i) * steps[0] + tap * steps[1])
+                if step == 1:
+                    for c in range(channels):
+                        own[c] = dense[start + np.uint64(c)]
+                else:
+                    for c in range(channels):
+                        own[c] = dense[start + np.uint64(c) * step]
+        return
+    whole = channels // WIDTH * WIDTH if step == 1 and _VECTORS else 0
+    for tap in range(taps):
+        for c in range(0, whole, WIDTH):
+            for i in range(count):
+                start = (row + i) * steps[0] + tap * steps[1] + c // WIDTH * steps[2]
+                move(dense, start, some, (i * taps + tap) * wide + c)
+        for i in range(count):
+            start = np.uint64((row + i) * steps[0] + tap * steps[1])
+            for c in range(whole, channels):
+                some[(i * taps + tap) * wide + c] = dense[start + _column(np.uint64(c), steps)]

@@ -72,14 +72,14 @@ class Loop:
         loaded = []
         for at in self.places(address, count):
             value = self.builder.load(self.builder.bitcast(at, kind.as_pointer()))
-            value.align = 4
+            value.align = _alignment(kind)
             loaded.append(value)
         return loaded
 
     def store(self, values: list[Any], address: Any) -> None:
         for value, at in zip(values, self.places(address, len(values)), strict=True):
             target = self.builder.bitcast(at, value.type.as_pointer())
-            self.builder.store(value, target).align = 4
+            self.builder.store(value, target).align = _alignment(value.type)
 
     def places(self, address: Any, count: int) -> list[Any]:
         return [self.builder.gep(address, [ir.Constant(INDEX, WIDTH * i)]) for i in range(count)]
@@ -166,6 +166,11 @@ class Loop:
         nothing = ir.Constant(kind, ir.Undefined)
         one = self.builder.insert_element(nothing, number, ir.Constant(ir.IntType(32), 0))
         return self._picked((one, nothing), [0] * WIDTH)
+
+
+def _alignment(kind: Any) -> int:
+    """Bytes at multiples of which vectors begin: any number may be the first."""
+    return min(4, kind.element.width // 8) if isinstance(kind.element, ir.IntType) else 4
 
 
 def zero(address: Any) -> Any:
