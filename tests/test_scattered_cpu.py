@@ -27,6 +27,7 @@ from triton_kernels import (
     sparse_conv2d,
     sparse_linear,
     strips_cpu,
+    vectors,
     waiting,
     waves,
 )
@@ -355,6 +356,7 @@ def test_what_lies_in_strips_is_moved_by_bits_as_by_numbers(
             assert piece.bits is not None
             for one in (piece, piece._replace(bits=None)):
                 strips = _nan(torch.empty(strips_cpu.shape(n_out, n_in)))
+                assert strips.shape[2] == vectors.WIDTH
                 scatter_cpu.put(values, one, strips_cpu.dense(strips, n_out, n_in))
                 assert torch.equal(_rows(strips)[:n_out, :n_in], expected)
                 assert _rows(strips)[n_out:].isnan().all()

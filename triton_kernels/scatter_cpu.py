@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from triton_kernels import threads, waiting
+from triton_kernels.waiting import Index
 from triton_kernels.waves import memory
 
 # A smaller weight is scattered before a compiler has been imported.
@@ -29,8 +30,6 @@ _CROWDED = 1 / 32
 WIDTH, HEIGHT = 16, 64
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-Index = tuple[Tensor, Tensor, Tensor]
 
 
 def available(values: Tensor, entries: int) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from triton_kernels import costs, scatter_cpu, strips_cpu, waiting
-from triton_kernels.scatter_cpu import Dense, Index, Piece
+from triton_kernels.scatter_cpu import Dense, Piece
+from triton_kernels.waiting import Index
 from triton_kernels.waves import memory
 
 # Whether loops multiply where they can, or the BLAS always. None: whichever is faster by ``costs``.

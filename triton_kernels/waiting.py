@@ -21,6 +21,7 @@ from triton_kernels.waves import version
 PIECE_BYTES = 28 << 20
 WAITING_BYTES = 64 << 20
 
+# Offsets, columns and slots of rows of blocks, as a layout has them.
 Index = tuple[Tensor, Tensor, Tensor]
 
 
