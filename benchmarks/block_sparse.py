@@ -42,7 +42,10 @@ from triton_kernels import costs
 
 NAME = "block_sparse"
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-COLOURS = {1: "tab:blue", 16: "tab:orange", 32: "tab:green", 64: "tab:red", 128: "tab:purple"}
+COLOURS = {
+    **{1: "tab:blue", 4: "tab:cyan", 8: "tab:olive", 16: "tab:orange", 32: "tab:green"},
+    **{64: "tab:red", 128: "tab:purple"},
+}
 REPEATS, MOST_SECONDS = 7, 6.0
 # Density from which on `auto` may lose to a dense layer.
 LEAST_DISPUTED = 0.2
