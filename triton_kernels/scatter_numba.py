@@ -188,17 +188,16 @@ def _put(some, wide, count, dense, row, shape, steps):  # type: ignore[no-untype
                     for c in range(channels):
                         dense[to + np.uint64(c) * step] = own[c]
         return
-    # Strip by strip: rows lie side by side there.
+    # Strip by strip: rows lie side by side there. Strips have one tap.
     whole = channels // WIDTH * WIDTH if step == 1 and _VECTORS else 0
-    for tap in range(taps):
-        for c in range(0, whole, WIDTH):
-            for i in range(count):
-                to = (row + i) * steps[0] + tap * steps[1] + c // WIDTH * steps[2]
-                move(some, (i * taps + tap) * wide + c, dense, to)
+    for c in range(0, whole, WIDTH):
         for i in range(count):
-            to = np.uint64((row + i) * steps[0] + tap * steps[1])
-            for c in range(whole, channels):
-                dense[to + _column(np.uint64(c), steps)] = some[(i * taps + tap) * wide + c]
+            to = (row + i) * steps[0] + c // WIDTH * steps[2]
+            move(some, i * wide + c, dense, to)
+    for i in range(count):
+        to = np.uint64((row + i) * steps[0])
+        for c in range(whole, channels):
+            dense[to + _column(np.uint64(c), steps)] = some[i * wide + c]
 
 
 @njit(nogil=True)
@@ -218,12 +217,11 @@ def _get(some, wide, count, dense, row, shape, steps):  # type: ignore[no-untype
                         own[c] = dense[start + np.uint64(c) * step]
         return
     whole = channels // WIDTH * WIDTH if step == 1 and _VECTORS else 0
-    for tap in range(taps):
-        for c in range(0, whole, WIDTH):
-            for i in range(count):
-                start = (row + i) * steps[0] + tap * steps[1] + c // WIDTH * steps[2]
-                move(dense, start, some, (i * taps + tap) * wide + c)
+    for c in range(0, whole, WIDTH):
         for i in range(count):
-            start = np.uint64((row + i) * steps[0] + tap * steps[1])
-            for c in range(whole, channels):
-                some[(i * taps + tap) * wide + c] = dense[start + _column(np.uint64(c), steps)]
+            start = (row + i) * steps[0] + c // WIDTH * steps[2]
+            move(dense, start, some, i * wide + c)
+    for i in range(count):
+        start = np.uint64((row + i) * steps[0])
+        for c in range(whole, channels):
+            some[i * wide + c] = dense[start + _column(np.uint64(c), steps)]
